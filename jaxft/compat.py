@@ -1,0 +1,109 @@
+"""The table of `_target_` names: what a configuration may build, and which function builds it.
+
+A name is looked up here and never imported. HCP-Diffusion's names are in the table, and the ends
+of these names do as well: `RatioBucket.from_files`, `AdamW`.
+"""
+
+import difflib
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any
+
+from ml_collections import FrozenConfigDict
+
+from jaxft.data.buckets import fixed_bucket, ratio_buckets_from_files
+from jaxft.diffusion.scheduler_config import SAMPLERS
+from jaxft.errors import UserError
+from jaxft.formats import diffusers_folder
+from jaxft.tuning.optimizers import adamw
+
+
+def scheduler(class_name: str, **options: Any) -> dict[str, Any]:
+    """A sampler as `scheduler_config.json` has it, for `scheduler_config.table`, which knows the
+    options of each class."""
+    return {"_class_name": class_name, **options}
+
+
+def vae(pretrained_model_name_or_path: str, *, subfolder: str = "") -> diffusers_folder.Component:
+    """The VAE in a local folder (its `config.json` and weights), or in a pipeline's `subfolder`."""
+    return diffusers_folder.read_component(Path(pretrained_model_name_or_path) / subfolder, "vae")
+
+
+TARGETS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "hcpdiff.data.bucket.RatioBucket.from_files": ("bucket", ratio_buckets_from_files),
+    "hcpdiff.data.bucket.FixedBucket": ("bucket", fixed_bucket),
+    "torch.optim.AdamW": ("optimizer", adamw),
+    "diffusers.AutoencoderKL.from_pretrained": ("vae", vae),
+    **{f"diffusers.{name}": ("sampler", partial(scheduler, name)) for name in SAMPLERS},
+}
+"""Name -> (kind of thing, function of its options)."""
+
+
+def build(node: FrozenConfigDict | Mapping[str, Any], kind: str, where: str, **extra: Any) -> Any:
+    """What a node of the configuration describes: its function's value.
+
+    Args:
+        node: `_target_` and options; the options are the function's keywords.
+        kind: of thing that is wanted; the table's names of other kinds will not do.
+        where: the node's key, for messages.
+        extra: further arguments, which are not the user's to give.
+
+    Raises:
+        UserError: names the key of an unknown target, of an unknown, missing or mistyped option,
+            and the choices.
+    """
+    options = {key: value for key, value in node.items() if key != "_partial_"}
+    function = _lookup(options.pop("_target_", None), kind, where)
+    parameters = inspect.signature(function).parameters
+    free = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    known = [name for name in parameters if name not in extra]
+    types = typing.get_type_hints(inspect.unwrap(getattr(function, "func", function)))
+    for option, value in options.items():
+        if option not in known and (not free or option.startswith("_")):
+            near = difflib.get_close_matches(option, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+            raise UserError(f"{where}.{option}: unknown option; {hint}")
+        if option in types and not _fits(value, types[option]):
+            wanted = inspect.formatannotation(types[option])
+            raise UserError(f"{where}.{option}: {value!r} is not of the type {wanted}")
+    missing = [
+        name
+        for name in known
+        if parameters[name].default is inspect.Parameter.empty
+        and parameters[name].kind is not inspect.Parameter.VAR_KEYWORD
+        and name not in options
+    ]
+    if missing:
+        raise UserError(f"{where}: {', '.join(missing)} must be given")
+    return function(**options, **extra)
+
+
+def _lookup(name: Any, kind: str, where: str) -> Callable[..., Any]:
+    choices = {full: function for full, (of, function) in TARGETS.items() if of == kind}
+    for full, function in choices.items():
+        if name and f".{full}".endswith(f".{name}"):
+            return function
+    ends = {full[at:]: full for full in choices for at in range(len(full)) if f".{full}"[at] == "."}
+    near = difflib.get_close_matches(str(name), ends, n=1)
+    hint = f"did you mean {ends[near[0]]}? " if near else ""
+    raise UserError(
+        f"{where}._target_: {name} is no {kind} of jaxft; {hint}choose one of {', '.join(choices)}"
+    )
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Whether a value is of an annotated type; types that YAML does not have always fit."""
+    origin = typing.get_origin(wanted)
+    if origin in (typing.Union, UnionType):
+        return any(_fits(value, one) for one in typing.get_args(wanted))
+    if wanted in (bool, int, float, str, NoneType):
+        accepted = (int, float) if wanted is float else wanted
+        return isinstance(value, accepted) and (wanted is bool or not isinstance(value, bool))
+    if isinstance(origin, type) and issubclass(tuple, origin):
+        item = typing.get_args(wanted)[0]
+        return isinstance(value, list | tuple) and all(_fits(one, item) for one in value)
+    return True

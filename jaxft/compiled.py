@@ -1,0 +1,152 @@
+"""The compiled programs of a run: one gradient for every data set and shape, and one update.
+
+All are compiled before the first step, in threads; a call with another shape is an error, never a
+new compilation in the middle of a run.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float
+from tqdm import tqdm
+
+from jaxft import mesh as meshes
+from jaxft import step as steps
+from jaxft.step import Objective, TrainState, Weights
+
+Batch = Mapping[str, Any]
+"""See `jaxft.step`."""
+
+Signature = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+class Metrics(NamedTuple):
+    """Numbers of one step, still on the device."""
+
+    losses: list[list[Float[Array, ""]]]
+    """Of each data set, one for each part of an accumulated step."""
+    grad_norm: Float[Array, ""]
+    """Before clipping; where it is not finite, nothing was updated."""
+
+
+class Programs:
+    """A training step for one objective, optimizer and mesh: `compile`, then `step`."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        optimizer: optax.GradientTransformation,
+        mesh: Mesh,
+        *,
+        loss_weights: Sequence[float],
+        accumulation: int,
+    ):
+        self._objective, self._optimizer, self._mesh = objective, optimizer, mesh
+        self._factors = [weight / accumulation for weight in loss_weights]
+        self._adds_up = accumulation * len(loss_weights) > 1
+        self._compiled: dict[Any, Any] = {}
+
+    def state(self, trainable: Weights) -> TrainState:
+        """Shapes and shardings of the state for these weights (arrays or shapes)."""
+        shapes = jax.eval_shape(functools.partial(steps.init, self._optimizer), trainable)
+        return _placed(shapes, meshes.shardings(self._mesh, shapes))
+
+    def init(self, trainable: Weights) -> TrainState:
+        """The state before the first step, on the devices."""
+        where = jax.tree.map(lambda leaf: leaf.sharding, self.state(trainable))
+        return jax.jit(functools.partial(steps.init, self._optimizer), out_shardings=where)(
+            trainable
+        )
+
+    def compile(
+        self, state: TrainState, frozen: Weights, key: Array, batches: Sequence[Sequence[Batch]]
+    ) -> None:
+        """Compiles all programs of a run, with a progress bar.
+
+        Args:
+            state: shapes and shardings, as from `state`.
+            frozen: arrays on the devices.
+            key: the run's key.
+            batches: of each data set, one batch of every shape (arrays or shapes).
+        """
+        total = state.trainable if self._adds_up else None
+        where = jax.tree.map(lambda leaf: leaf.sharding, state)
+        jobs: dict[Any, tuple[Any, tuple]] = {
+            (dataset, _signature(batch)): (
+                self._gradients(dataset, where.trainable),
+                (state.trainable, frozen, self._abstract(batch), key, state.step, 0, total),
+            )
+            for dataset, shapes in enumerate(batches)
+            for batch in shapes
+        }
+        jobs["update"] = (self._update(where), (state, state.trainable))
+        if self._adds_up:
+            zeros = functools.partial(jax.tree.map, jnp.zeros_like, state.trainable)
+            jobs["zeros"] = (jax.jit(zeros, out_shardings=where.trainable), ())
+
+        def build(job: tuple[Any, tuple]) -> Any:
+            function, args = job
+            return function.lower(*args).compile()
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            built = tqdm(pool.map(build, jobs.values()), "compiling", len(jobs), unit="program")
+            self._compiled = dict(zip(jobs, built, strict=True))
+
+    def step(
+        self, state: TrainState, frozen: Weights, key: Array, batches: Sequence[Sequence[Batch]]
+    ) -> tuple[TrainState, Metrics]:
+        """One update, not waited for. `batches`: of each data set, one for each part of the step.
+
+        `state` is used up: its memory holds what is returned.
+        """
+        total = self._compiled["zeros"]() if self._adds_up else None
+        losses: list[list[Array]] = [[] for _ in batches]
+        for dataset, parts in enumerate(batches):
+            for part, batch in enumerate(parts):
+                program = self._compiled[dataset, _signature(batch)]
+                value, total = program(state.trainable, frozen, batch, key, state.step, part, total)
+                losses[dataset].append(value)
+        state, norm = self._compiled["update"](state, total)
+        return state, Metrics(losses, norm)
+
+    def memory(self) -> int:
+        """Bytes on a device: arguments and temporaries of the program that needs most."""
+        sizes = [program.memory_analysis() for program in self._compiled.values()]
+        return max(s.argument_size_in_bytes + s.temp_size_in_bytes for s in sizes if s is not None)
+
+    def _gradients(self, dataset: int, where: Any) -> Callable:
+        objective, factor = self._objective, self._factors[dataset]
+
+        def run(trainable, frozen, batch, key, step, part, total):
+            key = steps.batch_key(key, step, dataset, part)
+            return steps.gradients(objective, factor, trainable, frozen, batch, key, total)
+
+        where = (meshes.replicated(self._mesh), where)
+        return jax.jit(run, donate_argnames="total", out_shardings=where)
+
+    def _update(self, where: TrainState) -> Callable:
+        run = functools.partial(steps.update, self._optimizer)
+        where_all = (where, meshes.replicated(self._mesh))
+        return jax.jit(run, donate_argnums=0, out_shardings=where_all)
+
+    def _abstract(self, batch: Batch) -> Any:
+        where = meshes.batch_sharding(self._mesh)
+        return _placed(dict(batch), jax.tree.map(lambda _: where, dict(batch)))
+
+
+def _placed(shapes: Any, where: Any) -> Any:
+    def place(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, shapes, where)
+
+
+def _signature(batch: Batch) -> Signature:
+    return tuple(sorted((name, tuple(value.shape)) for name, value in batch.items()))

@@ -1,0 +1,378 @@
+"""YAML files and overrides -> one frozen configuration.
+
+files    each with the files named in its `_base_` below it; later base wins, file beats bases
+overrides of the command line beat all files; `---` takes a key back
+defaults of `configs/base.yaml`, which also tells unknown keys and wrong types
+interpolation, once everything is in its place
+"""
+
+import re
+import runpy
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import yaml
+from ml_collections import FrozenConfigDict
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from jaxft import arithmetic, foreign
+from jaxft import schema as schemas
+from jaxft.errors import UserError
+from jaxft.schema import Schema
+
+REFERENCES = {"train": "base.yaml", "infer": "infer/base.yaml"}
+"""What a program configures -> its reference among the shipped configurations."""
+
+Config: TypeAlias = Any
+"""A FrozenConfigDict. To the type checker anything: it cannot know the keys."""
+
+DELETED = "---"
+_DTYPES = ("fp32", "amp", "fp16", "bf16")
+
+
+class _Layer(NamedTuple):
+    """What one file, or the command line, says by itself."""
+
+    name: str
+    tree: dict[str, Any]
+
+
+def load(
+    path: str, overrides: Sequence[str] = (), schema: str = "train"
+) -> tuple[Config, list[str]]:
+    """The configuration of a run, and what to tell the user about it, a line each.
+
+    Args:
+        path: a YAML file, or a Python file with `get_config()`, which is run; relative to the
+            working directory or to the shipped configurations.
+        overrides: `dotted.key=value`, the value as in YAML.
+        schema: what it configures, one of `REFERENCES`.
+
+    Mappings keep the order of the files; lists have become tuples.
+
+    Raises:
+        UserError: names every missing, unknown or mistyped key and every unsupported feature,
+            with the file it comes from.
+    """
+    name = REFERENCES[schema]
+    reference = schemas.from_reference(_read_yaml(shipped_folder() / name, name))
+    _register_resolvers(datetime.now())
+    layers: list[_Layer] = []
+    tree = _read_with_bases(_find(path, None, "configuration"), (), layers)
+    tree = schemas.name_items(tree, reference.tree)
+    layers.append(_Layer("command line", _from_command_line(overrides, reference)))
+    tree = schemas.name_items(_merge(tree, layers[-1].tree, "command line"), reference.tree)
+    tree, notices, problems = _settle(_without_deleted(tree), reference, layers)
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(_line(*problem, layers) for problem in problems)))
+    return _freeze(tree), [_line(*notice, layers) for notice in notices]
+
+
+def to_yaml(config: Config | dict[str, Any]) -> str:
+    """A configuration, or its `to_dict()`, as YAML text; loaded again, it gives an equal one."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return value.replace("${", "\\${") if isinstance(value, str) else value
+
+    tree = config.to_dict() if isinstance(config, FrozenConfigDict) else config
+    return OmegaConf.to_yaml(OmegaConf.create(plain(tree)))
+
+
+def find_shipped(name: str) -> Path:
+    """A file or folder, looked up from the working directory, then among the shipped ones.
+
+    Raises:
+        UserError: it is in neither place.
+    """
+    return _find(name, None, "file")
+
+
+def shipped_folder() -> Path:
+    """The folder of the shipped configurations: in the package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def _find(name: str, beside: Path | None, what: str) -> Path:
+    """An existing path: beside a file, from the working directory, among the shipped ones."""
+    head, _, tail = name.partition("/")
+    within = tail if head in ("cfgs", "configs") else name
+    places = [Path(name), shipped_folder() / within]
+    if beside:
+        places.insert(0, beside.parent / name)
+    for place in places:
+        if place.exists():
+            return place
+    looked = ", ".join(str(place) for place in dict.fromkeys(places))
+    asked = f"{beside}: " if beside else ""
+    raise UserError(f"{asked}no such {what}: {name} (looked for {looked})")
+
+
+# ------------------------------------------------------------------------------------- reading
+
+
+def _read_with_bases(path: Path, chain: tuple[Path, ...], layers: list[_Layer]) -> dict[str, Any]:
+    """A file merged over its bases; each file read is appended to `layers`, bases first."""
+    if path.resolve() in chain:
+        circle = " -> ".join(str(step) for step in (*chain, path.resolve()))
+        raise UserError(f"{path}: `_base_` leads back to this file: {circle}")
+    chain = (*chain, path.resolve())
+    if path.suffix != ".py":
+        own = _read_yaml(path, str(path))
+    elif len(chain) == 1:
+        own = _run_python(path)
+    else:
+        raise UserError(f"{path}: a `_base_` must be YAML; Python runs only where it is asked for")
+    bases = own.pop("_base_", None) or []
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"{path}: `_base_` must be a file or a list of files")
+    tree: dict[str, Any] = {}
+    for base in bases:
+        below = _read_with_bases(_find(base, path, "`_base_`"), chain, layers)
+        tree = _merge(tree, below, str(path))
+    layers.append(_Layer(str(path), own))
+    return _merge(tree, own, str(path))
+
+
+def _read_yaml(path: Path, name: str) -> dict[str, Any]:
+    """The content of a YAML file as plain containers, uninterpolated."""
+    try:
+        content = OmegaConf.load(path)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{name}: {error.full_key}: {_first_line(error)}") from None
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{name}: cannot be read as YAML: {error}") from None
+    if not isinstance(content, DictConfig):
+        raise UserError(f"{name}: must hold keys and values")
+    return _plain(OmegaConf.to_container(content))
+
+
+def _run_python(path: Path) -> dict[str, Any]:
+    get_config = runpy.run_path(str(path)).get("get_config")
+    if get_config is None:
+        raise UserError(f"{path}: has no function get_config()")
+    config = get_config()
+    return _plain(config.to_dict() if hasattr(config, "to_dict") else config)
+
+
+def _plain(node: Any) -> Any:
+    """Keys are text, sequences are lists; `_partial_`, of which nothing depends, is gone."""
+    if isinstance(node, dict):
+        return {str(key): _plain(value) for key, value in node.items() if key != "_partial_"}
+    return [_plain(item) for item in node] if isinstance(node, list | tuple) else node
+
+
+def _from_command_line(overrides: Sequence[str], reference: Schema) -> dict[str, Any]:
+    """The tree that `dotted.key=value` arguments say; a later one wins."""
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not all(key.split(".")):
+            raise UserError(f"command line: {override!r} is no key=value")
+        *parents, last = key.split(".")
+        node = tree
+        for parent in parents:
+            if not isinstance(node.get(parent), dict):
+                node[parent] = {}
+            node = node[parent]
+        node[last] = _read_value(text, (*parents, last), reference)
+    return tree
+
+
+def _read_value(text: str, path: schemas.Path, reference: Schema) -> Any:
+    """A value of the command line: YAML, but text as it stands where text is wanted."""
+    if text == DELETED:
+        return text
+    try:
+        value = _plain(OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"])))["value"]
+    except (yaml.YAMLError, OmegaConfBaseException):
+        value = text
+    found = schemas.find(reference, path)
+    if found is None:
+        return value
+    kinds = schemas.kinds_of(reference, *found)
+    if not any(schemas.accepts(text, kind) for kind in kinds if kind[0] == "'" or kind == "text"):
+        return value
+    if isinstance(value, str):
+        return value if text[0] in ("'", '"') else text
+    return value if any(schemas.accepts(value, kind) for kind in kinds) else text
+
+
+# ------------------------------------------------------------------------------------- merging
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any], name: str) -> dict[str, Any]:
+    """`above` over `below`: mappings key by key, lists and values replaced.
+
+    A node with another `_target_` starts anew. A mapping over a list, all of whose keys are places
+    in that list, changes these items. A mapping over an interpolation is merged with what that
+    stands for.
+    """
+
+    def item(old: Any, new: Any, path: schemas.Path) -> Any:
+        if not isinstance(new, dict):
+            return new
+        if isinstance(old, str) and "${" in old:
+            old = _select(below, path, name)
+        if isinstance(old, list) and set(new) <= {str(place) for place in range(len(old))}:
+            places = enumerate(old)
+            return [item(one, new.get(str(at), one), (*path, str(at))) for at, one in places]
+        if not isinstance(old, dict) or not schemas.same_target(old, new):
+            return new
+        changed = {key: item(old.get(key), value, (*path, key)) for key, value in new.items()}
+        return old | changed
+
+    return item(below, above, ())
+
+
+def _select(tree: dict[str, Any], path: schemas.Path, name: str) -> Any:
+    """What an interpolation in a tree stands for, itself uninterpolated."""
+    try:
+        value = OmegaConf.select(OmegaConf.create(tree), ".".join(path))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{name}: {'.'.join(path)}: {_first_line(error)}") from None
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _without_deleted(node: Any) -> Any:
+    """The tree without the keys and list items whose value is `---`."""
+    if isinstance(node, dict):
+        return {key: _without_deleted(value) for key, value in node.items() if value != DELETED}
+    if isinstance(node, list):
+        return [_without_deleted(item) for item in node if item != DELETED]
+    return node
+
+
+def _settle(
+    tree: dict[str, Any], reference: Schema, layers: list[_Layer]
+) -> tuple[dict[str, Any], list[schemas.Problem], list[schemas.Problem]]:
+    """The merged tree as the programs get it, notices, problems.
+
+    Defaults come twice: before interpolation, which may name them, and after it, which may have
+    brought in mappings.
+    """
+    notices: list[schemas.Problem] = []
+    problems: list[schemas.Problem] = []
+    unknown: list[schemas.Unknown] = []
+    variables: list[schemas.Path] = []
+    is_variable = schemas.variables(tree)
+
+    def keep(path: schemas.Path) -> bool:
+        if is_variable(path):
+            variables.append(path)
+        return is_variable(path) or foreign.known(path)
+
+    tree = _resolve(schemas.fill(reference, tree, keep, unknown), layers)
+    for *parents, last in variables:
+        node = tree
+        for key in parents:
+            node = node[key]
+        del node[last]
+    foreign.take_out(tree, notices, problems)
+    tree = schemas.name_items(tree, reference.tree)
+    tree = schemas.fill(reference, tree, lambda _: False, unknown)
+    problems += [_unknown_key(key, reference) for key in unknown]
+    return schemas.check(reference, tree, problems), notices, problems
+
+
+# ------------------------------------------------------------------------------- interpolation
+
+
+def _register_resolvers(now: datetime) -> None:
+    """What `${name:…}` means, with `now` as the time of the run."""
+
+    def evaluate(text: Any) -> int | float:
+        return arithmetic.evaluate(str(text))
+
+    def time(form: str = "%Y-%m-%d-%H-%M-%S") -> str:
+        return now.strftime(form or "%Y-%m-%d-%H-%M-%S")
+
+    def dtype(name: str) -> str:
+        if name not in _DTYPES:
+            raise ValueError(f"no precision {name}: choose one of {', '.join(_DTYPES)}")
+        return name
+
+    def times(one: Any, other: Any) -> int | float:
+        return arithmetic.evaluate(f"({one}) * ({other})")
+
+    resolvers = {"eval": evaluate, "hcp.eval": evaluate, "hcp.time": time}
+    resolvers |= {"hcp.dtype": dtype, "times": times}
+    for name, resolver in resolvers.items():
+        OmegaConf.register_resolver(name, resolver, replace=True)
+
+
+def _resolve(tree: dict[str, Any], layers: list[_Layer]) -> dict[str, Any]:
+    """The tree with every interpolation replaced by its value."""
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+    except OmegaConfBaseException as error:
+        _, missing, key = _first_line(error).partition("Missing mandatory value: ")
+        if missing:
+            raise UserError(_line(tuple(key.split(".")), "must be given", layers)) from None
+        path = re.sub(r"\[(\d+)\]", r".\1", error.full_key or "").split(".")
+        raise UserError(_line(tuple(path), _first_line(error), layers)) from None
+    return _plain(resolved)
+
+
+def _first_line(error: Exception) -> str:
+    """OmegaConf's message without its report on types."""
+    return str(error).split("\n", 1)[0]
+
+
+# --------------------------------------------------------------------------- messages and result
+
+
+def _line(path: schemas.Path, text: str, layers: list[_Layer]) -> str:
+    """A message about a key, headed by the layer to blame: the last one that has the key, or as
+    much of the way to it as any has; the user's own file (the last but one) if none has a step."""
+
+    def has(node: Any, path: schemas.Path) -> bool:
+        if isinstance(node, list):
+            node = {str(place): item for place, item in enumerate(node)}
+        return not path or (
+            isinstance(node, dict) and path[0] in node and has(node[path[0]], path[1:])
+        )
+
+    for depth in range(len(path), 0, -1):
+        names = [layer.name for layer in layers if has(layer.tree, path[:depth])]
+        if names:
+            return f"{names[-1]}: {'.'.join(path)}: {text}"
+    return f"{layers[-2].name}: {'.'.join(path)}: {text}"
+
+
+def _unknown_key(key: schemas.Unknown, reference: Schema) -> schemas.Problem:
+    path, value, known = key
+    if "." in path[-1]:
+        return path, "a name must not hold a dot"
+    while foreign.known(path) and isinstance(value, dict) and value:
+        name, value = next(iter(value.items()))
+        path, known = (*path, name), []
+    meant = schemas.nearest(reference, path, known + foreign.names(path[:-1]))
+    hint = f"did you mean {meant}?" if meant else f"known here: {', '.join(known)}"
+    return path, f"unknown key; {hint}"
+
+
+def _freeze(tree: dict[str, Any]) -> Config:
+    """The tree, immutable. FrozenConfigDict sorts its keys; ours have an order, which is put back:
+    of two groups that claim a weight, the later one gets it."""
+
+    def put_back(frozen: Any, like: dict[str, Any]) -> None:
+        object.__setattr__(frozen, "_sort_keys", False)
+        fields = frozen._fields
+        for key, value in like.items():
+            fields[key] = fields.pop(key)
+            if isinstance(value, dict):
+                put_back(fields[key], value)
+
+    frozen = FrozenConfigDict(tree)
+    put_back(frozen, tree)
+    return frozen

@@ -1,0 +1,61 @@
+"""Prompts to token ids: CLIP's tokenizer, in rows of 77."""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+from transformers import CLIPTokenizer
+
+from jaxft.errors import UserError
+
+ROW = 77
+"""Positions of CLIP's text encoder: a start, 75 tokens of text, an end."""
+
+
+class Tokenizer:
+    """The tokenizer of a model folder; any number of threads may encode at once."""
+
+    def __init__(self, folder: Path):
+        """Reads `vocab.json`, `merges.txt` and the special tokens of the folder; no network.
+
+        Raises:
+            UserError: a file is missing or does not make a tokenizer.
+        """
+        # transformers makes a tokenizer of three tokens where the vocabulary is missing.
+        missing = [n for n in ("vocab.json", "merges.txt") if not (folder / n).is_file()]
+        if missing:
+            raise UserError(f"{folder} is no tokenizer folder: it lacks {' and '.join(missing)}")
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise UserError(f"{folder}: not a CLIP tokenizer: {error}") from None
+        self._backend = tokenizer.backend_tokenizer
+        # Padding here, not there: the library's own is a setting that threads would fight over.
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self._start, self._end = int(tokenizer.bos_token_id), int(tokenizer.eos_token_id)
+        self._pad = int(tokenizer.pad_token_id)
+        self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
+        """One more than the largest id; the text encoder must have as many embeddings."""
+
+    def _content(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def fits(self, text: str, repeats: int = 1) -> bool:
+        """Whether `encode` keeps all of the text."""
+        return len(self._content(text)) <= (ROW - 2) * repeats
+
+    def encode(self, text: str, repeats: int = 1) -> Int[np.ndarray, "repeats 77"]:
+        """The first 75·repeats tokens in rows of start, up to 75 tokens, end, padding.
+
+        One row is what CLIPTokenizer and diffusers' pipelines give. Several rows are
+        HCP-Diffusion's layout (`tokenizer_repeats`) where padding is the end token, as in SD 1.x.
+        """
+        content, width = self._content(text), ROW - 2
+        ids = np.full((repeats, ROW), self._pad, np.int32)
+        ids[:, 0] = self._start
+        for row in range(repeats):
+            part = content[row * width : (row + 1) * width]
+            ids[row, 1 : 1 + len(part)] = part
+            ids[row, 1 + len(part)] = self._end
+        return ids

@@ -1,0 +1,186 @@
+"""What HCP-Diffusion's files say and jaxft does not do: keys without a meaning here, and keys of
+features that are not supported. A feature that arrives takes its line with it.
+
+Each key is either taken out of a configuration with a notice, or, unless it asks for what happens
+anyway, refused. Patterns are as in `jaxft.schema`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxft.schema import Path, Problem
+
+IGNORED: dict[str, str] = {
+    "allow_tf32": "the precision follows from mixed_precision",
+    "vis_info": "it has no effect in HCP-Diffusion either",
+    "logger": "train.log, metrics.jsonl and tblog/ are always written, each train.log_step updates",
+    "train.set_grads_to_none": "gradients are not kept between updates",
+    "train.optimizer_pt": "no words are trained",
+    "train.scheduler_pt": "no words are trained",
+    "train.scale_lr_pt": "no words are trained",
+    "model.enable_xformers": "the attention kernel is chosen by the device",
+    "model.force_cast_precision": "weights are float32, mixed_precision is what computes",
+    "model.vae_dtype": "the precision of the VAE is chosen by jaxft",
+    "data.*.att_mask_encode": "it has no effect in HCP-Diffusion either",
+    "data.*.cache_path": "latents are kept in memory",
+    "encoder_attention_mask": "the padding of a prompt is seen, as it is in training",
+    "interface": "images are written to save.out_dir",
+    "offload": "parts of the model are not moved between devices",
+    "infer_args.strength": "there is no image to begin from",
+    "infer_args.output_type": "images are written to save.out_dir",
+    "vae_optimize": "the VAE runs in one piece",
+}
+"""Pattern -> why it does nothing."""
+
+REPLACED: dict[tuple[str, Any], tuple[Any, str]] = {
+    ("mixed_precision", "fp16"): ("bf16", "bfloat16 needs no scaling of the loss"),
+    ("dtype", "amp"): ("bf16", "the precision that is computed in, over float32 weights"),
+}
+"""(key, value) -> what is taken instead, and why."""
+
+
+def _one_of(*harmless: Any) -> Callable[[Any, Mapping[str, Any]], bool]:
+    return lambda value, siblings: any(value == one for one in harmless)
+
+
+def _fills_the_template(value: Any, source: Mapping[str, Any]) -> bool:
+    """Whether `text_transforms` are what a source does anyway: Compose([TemplateFill])."""
+
+    def short(node: Any) -> dict[str, Any]:
+        node = node if isinstance(node, dict) else {}
+        return {**node, "_target_": str(node.get("_target_")).rsplit(".", 1)[-1]}
+
+    fill = {"_target_": "TemplateFill", "word_names": source.get("word_names")}
+    node = short(value)
+    steps = node.get("transforms") if node["_target_"] == "Compose" else [value]
+    return value is None or (isinstance(steps, list) and [short(step) for step in steps] == [fill])
+
+
+_NOTHING = _one_of(None, [], {}, 0)
+_PLAIN_MSE = _one_of(
+    {"_target_": "torch.nn.MSELoss", "reduction": "none"},
+    {"_target_": "torch.nn.MSELoss", "reduction": "mean"},
+    {"_target_": "torch.nn.MSELoss"},
+    # The guide's branch: MSE of x0 over the squared noise level, which is the MSE of the noise.
+    [
+        {
+            "_target_": "hcpdiff.loss.WeightedLoss",
+            "loss": {"_target_": "torch.nn.MSELoss", "reduction": "none"},
+        }
+    ],
+)
+_LOSS = "the loss is the mean squared error of what the model predicts"
+_COMPONENT = "the model's own is used"
+_MERGED = "only `part` is merged"
+
+REFUSED: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
+    "text_encoder": (_NOTHING, "only layers of the UNet are trained"),
+    "lora_unet": (_NOTHING, "there is no LoRA; `unet:` trains the same layers in full"),
+    "lora_text_encoder": (_NOTHING, "there is no LoRA, and only layers of the UNet are trained"),
+    "plugin_unet": (_NOTHING, "no ControlNet or other plugins"),
+    "plugin_TE": (_NOTHING, "no plugins"),
+    "tokenizer_pt.train": (_NOTHING, "words are not trained"),
+    "tokenizer_pt.emb_dir": (_one_of("embs/", None), "trained words are not read"),
+    "tokenizer_pt.replace": (_one_of(False), "words are not trained"),
+    "previewer": (_NOTHING, "no images while training; use jaxft.sample"),
+    "train.cfg_scale": (_one_of("1.0", "1", 1), "no guidance while training"),
+    "train.loss.criterion": (_PLAIN_MSE, _LOSS),
+    "train.loss.type": (_one_of("eps"), _LOSS),
+    "train.loss.target_type": (_one_of("x0", "eps"), _LOSS),
+    "train.loss.pred_type": (_one_of("eps"), _LOSS),
+    "model.ema": (_NOTHING, "no moving average of the weights"),
+    "model.ema_unet": (_NOTHING, "no moving average of the weights"),
+    "model.ema_text_encoder": (_NOTHING, "no moving average of the weights"),
+    "model.tokenizer": (_NOTHING, _COMPONENT),
+    "model.noise_scheduler": (_NOTHING, _COMPONENT),
+    "model.unet": (_NOTHING, _COMPONENT),
+    "model.text_encoder": (_NOTHING, _COMPONENT),
+    "model.vae": (_NOTHING, _COMPONENT),
+    "model.wrapper": (_NOTHING, _COMPONENT),
+    "data.*._target_": (
+        _one_of("hcpdiff.data.TextImagePairDataset", "TextImagePairDataset"),
+        "datasets are hcpdiff.data.TextImagePairDataset",
+    ),
+    "data.*.encoder_attention_mask": (_one_of(False), "the padding of a caption is seen"),
+    "data.*.source.*._target_": (
+        _one_of(
+            "hcpdiff.data.source.Text2ImageAttMapSource",
+            "hcpdiff.data.source.Text2ImageSource",
+            "hcpdiff.data.Text2ImageAttMapSource",
+            "hcpdiff.data.Text2ImageSource",
+            "Text2ImageAttMapSource",
+            "Text2ImageSource",
+        ),
+        "sources are hcpdiff.data.source.Text2ImageSource or Text2ImageAttMapSource",
+    ),
+    "data.*.source.*.att_mask": (_NOTHING, "no attention masks"),
+    "data.*.source.*.text_transforms": (
+        _fills_the_template,
+        "captions are put into prompt_template with word_names, nothing else",
+    ),
+    "data.*.source.*.image_transforms": (_NOTHING, "images are resized and cropped, nothing else"),
+    "emb_dir": (_one_of("embs/", None), "trained words are not read"),
+    "condition": (_NOTHING, "images are made from text alone"),
+    "ex_input": (_NOTHING, "images are made from text alone"),
+    "infer_args.eta": (_NOTHING, "samplers draw no noise of their own"),
+    "merge.load_ema": (_NOTHING, _MERGED),
+    "merge.plugin_cfg": (_NOTHING, _MERGED),
+    "merge.*.lora": (_NOTHING, _MERGED),
+    "merge.*.plugin": (_NOTHING, _MERGED),
+}
+"""Pattern -> (whether a value, beside its siblings, asks for no more than jaxft does; what it
+does)."""
+
+_PATTERNS = {tuple(key.split(".")) for key in (*IGNORED, *REFUSED)}
+
+
+def known(path: Path) -> bool:
+    """Whether a path leads to a key of the tables, or lies below one."""
+    return any(
+        all(step in ("*", key) for step, key in zip(pattern, path, strict=False))
+        for pattern in _PATTERNS
+    )
+
+
+def names(parent: Path) -> list[str]:
+    """The keys of the tables that lie directly in a place."""
+    depth = len(parent)
+    return [
+        pattern[depth]
+        for pattern in _PATTERNS
+        if len(pattern) > depth
+        and all(step in ("*", key) for step, key in zip(pattern, parent, strict=False))
+    ]
+
+
+def take_out(tree: dict[str, Any], notices: list[Problem], problems: list[Problem]) -> None:
+    """Takes the tables' keys out of a resolved configuration, in place.
+
+    What is ignored or replaced is added to `notices`, what is refused to `problems`.
+    """
+    for key, reason in IGNORED.items():
+        for path, _, _ in _pop(tree, tuple(key.split(".")), ()):
+            notices.append((path, f"ignored: {reason}"))
+    for key, (harmless, reason) in REFUSED.items():
+        for path, value, siblings in _pop(tree, tuple(key.split(".")), ()):
+            if not harmless(value, siblings):
+                problems.append((path, f"not supported: {reason}"))
+    for (key, value), (instead, reason) in REPLACED.items():
+        if tree.get(key) == value:
+            tree[key] = instead
+            notices.append(((key,), f"{value} is taken as {instead}: {reason}"))
+
+
+def _pop(node: Any, pattern: Path, path: Path) -> list[tuple[Path, Any, Mapping[str, Any]]]:
+    """Takes out what matches: path, value and siblings of each. Emptied mappings go as well."""
+    if not isinstance(node, dict):
+        return []
+    found = []
+    for key in [key for key in node if pattern[0] in ("*", key)]:
+        if len(pattern) == 1:
+            found.append(((*path, key), node.pop(key), node))
+            continue
+        found += _pop(node[key], pattern[1:], (*path, key))
+        if node[key] == {}:
+            del node[key]
+    return found

@@ -1,0 +1,1 @@
+"""Networks of Stable Diffusion with diffusers' and transformers' classes, names and layouts."""

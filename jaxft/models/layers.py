@@ -1,0 +1,105 @@
+"""Leaf layers with PyTorch's names, layouts and defaults.
+
+Weights are [out, in] and OIHW as in PyTorch, activations [..., features] and NHWC. Compute dtype
+is that of the activations; the statistics of norms are float32. Layers are only ever built under
+`nnx.eval_shape`, so they hold zeros: weights come from files.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+
+class Linear(nnx.Module):
+    """`torch.nn.Linear`: x · Wᵀ + b on the last axis."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+        self.weight = nnx.Param(jnp.zeros((out_features, in_features)))
+        self.bias = nnx.Param(jnp.zeros(out_features)) if bias else nnx.data(None)
+
+    def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+        y = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Conv2d(nnx.Module):
+    """`torch.nn.Conv2d` on NHWC; `padding` on each side, or (before, after) on both axes."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int | tuple[int, int] = 0,
+    ):
+        self.weight = nnx.Param(jnp.zeros((out_channels, in_channels, kernel_size, kernel_size)))
+        self.bias = nnx.Param(jnp.zeros(out_channels))
+        self.stride = stride
+        self.padding = (padding, padding) if isinstance(padding, int) else padding
+
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+        weight = self.weight[...].astype(x.dtype)
+        if weight.shape[2:] == (1, 1):
+            y = jnp.einsum("bhwi,oi->bhwo", x, weight[:, :, 0, 0])
+        else:
+            y = jax.lax.conv_general_dilated(
+                x,
+                weight.transpose(2, 3, 1, 0),
+                window_strides=(self.stride, self.stride),
+                padding=(self.padding, self.padding),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+        return y + self.bias[...].astype(x.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """`torch.nn.GroupNorm` over the last axis; statistics in float32."""
+
+    def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5):
+        self.weight = nnx.Param(jnp.zeros(num_channels))
+        self.bias = nnx.Param(jnp.zeros(num_channels))
+        self.num_groups = num_groups
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "b ... c"]) -> Float[Array, "b ... c"]:
+        b, c = x.shape[0], x.shape[-1]
+        g = x.astype(jnp.float32).reshape(b, -1, self.num_groups, c // self.num_groups)
+        mean = g.mean(axis=(1, 3), keepdims=True)
+        variance = jnp.square(g - mean).mean(axis=(1, 3), keepdims=True)
+        y = ((g - mean) * jax.lax.rsqrt(variance + self.eps)).reshape(x.shape)
+        return (y * self.weight[...] + self.bias[...]).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """`torch.nn.LayerNorm` over the last axis; statistics in float32."""
+
+    def __init__(self, num_features: int, eps: float = 1e-5):
+        self.weight = nnx.Param(jnp.zeros(num_features))
+        self.bias = nnx.Param(jnp.zeros(num_features))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        f = x.astype(jnp.float32)
+        mean = f.mean(axis=-1, keepdims=True)
+        variance = jnp.square(f - mean).mean(axis=-1, keepdims=True)
+        y = (f - mean) * jax.lax.rsqrt(variance + self.eps)
+        return (y * self.weight[...] + self.bias[...]).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """`torch.nn.Embedding`: rows of a table; the output has the table's dtype."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int):
+        self.weight = nnx.Param(jnp.zeros((num_embeddings, embedding_dim)))
+
+    def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... d"]:
+        return self.weight[...][ids]
+
+
+class Identity(nnx.Module):
+    """Holds the place of a layer without weights, so that later ones keep PyTorch's numbers."""
+
+    def __call__(self, x: Array) -> Array:
+        return x

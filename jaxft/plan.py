@@ -1,0 +1,265 @@
+"""What a configuration would train, on what and for how long: checked whole, before any step.
+
+python -m jaxft.plan --config configs/train/ft1.yaml [key=value …]
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from jaxft import cli, compat, params
+from jaxft import config as configs
+from jaxft import mesh as meshes
+from jaxft.config import Config
+from jaxft.data import source
+from jaxft.data.buckets import BatchPlan
+from jaxft.data.loader import Dataset
+from jaxft.data.tokens import Tokenizer
+from jaxft.diffusion import schedule
+from jaxft.errors import UserError
+from jaxft.formats import diffusers_folder
+from jaxft.tuning import optimizers
+from jaxft.tuning.groups import Group, Labels, assign
+
+
+COMPUTE = {"bf16": "bfloat16", "no": "float32"}
+"""`mixed_precision` -> the dtype of activations; weights and moments are float32 always."""
+
+
+class Plan(NamedTuple):
+    """A configuration made real: everything a run needs, on the host."""
+
+    config: Config
+    model: diffusers_folder.Model
+    noising: schedule.NoiseSchedule
+    mesh: Mesh
+    groups: list[Group]
+    labels: Labels
+    rates: dict[str, optimizers.Rate]
+    """Of each group, in updates made."""
+    optimizer: optax.GradientTransformation
+    datasets: list[Dataset]
+    total_steps: int
+    notices: list[str]
+    """What the user should know, a line each."""
+
+    @property
+    def accumulation(self) -> int:
+        """Batches of each data set in one step."""
+        return self.config.train.gradient_accumulation_steps
+
+    def epoch(self, step: int) -> float:
+        """Passes over the first data set after `step` updates."""
+        return step * self.accumulation / self.datasets[0].num_batches
+
+    @property
+    def images_per_step(self) -> int:
+        """Images of all data sets in one update."""
+        return self.accumulation * sum(dataset.plan.batch_size for dataset in self.datasets)
+
+
+def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
+    """Reads the model and indexes the data.
+
+    Raises:
+        UserError: anything that would stop the run later.
+    """
+    mesh = meshes.make(**config.mesh)
+    _check_counts(config)
+    options = config.model
+    model = diffusers_folder.read(
+        options.pretrained_model_name_or_path, revision=options.revision, variant=options.variant
+    )
+    factor = _rate_factor(config, mesh.size)
+    named = [
+        Group(f"unet.{name}", "unet", group.layers, group.lr * factor)
+        for name, group in config.unet.items()
+    ]
+    assignment = assign(named, {"unet": model.unet.params})
+    datasets, told = _datasets(config, Tokenizer(model.tokenizer), mesh.size)
+    total_steps = _total_steps(config.train, datasets[0].num_batches)
+    rates = _rates(config.train.scheduler, named, total_steps)
+    transforms = {
+        name: compat.build(
+            config.train.optimizer, "optimizer", "train.optimizer", learning_rate=rate
+        )
+        for name, rate in rates.items()
+    }
+    return Plan(
+        config,
+        model,
+        schedule.from_config(model.scheduler, str(model.folder / "scheduler_config.json")),
+        mesh,
+        named,
+        assignment.labels,
+        rates,
+        optimizers.grouped(assignment.labels, transforms, config.train.max_grad_norm),
+        datasets,
+        total_steps,
+        [*notices, *assignment.notices, *told],
+    )
+
+
+def _check_counts(config: Config) -> None:
+    train = config.train
+    for key in ("train_steps", "gradient_accumulation_steps", "save_step", "keep_last", "log_step"):
+        if train[key] < 1:
+            raise UserError(f"train.{key}: {train[key]} must be at least 1")
+    if train.train_epochs is not None and train.train_epochs < 1:
+        raise UserError(f"train.train_epochs: {train.train_epochs} must be at least 1")
+    if train.workers < 0:
+        raise UserError(f"train.workers: {train.workers} must be at least 0")
+    if not config.data:
+        raise UserError("data: no data set; inherit configs/train/dataset/base_dataset.yaml")
+
+
+def _datasets(
+    config: Config, tokenizer: Tokenizer, num_devices: int
+) -> tuple[list[Dataset], list[str]]:
+    datasets, notices = [], []
+    for name, options in config.data.items():
+        records = []
+        for key, where in options.source.items():
+            try:
+                found = source.index(**_source_options(where))
+            except UserError as error:
+                raise UserError(f"data.{name}.source.{key}: {error}") from None
+            records += found.records
+            notices += found.notices
+        sizes = [record.size for record in records]
+        key = f"data.{name}.bucket"
+        buckets = compat.build(options.bucket, "bucket", key, sizes=sizes)
+        batch_size = options.batch_size * num_devices
+        plan = BatchPlan(buckets, batch_size, seed=config.seed, name=name, tail=options.tail)
+        repeats = config.model.tokenizer_repeats
+        datasets.append(
+            Dataset(name, records, buckets, plan, tokenizer, repeats, options.loss_weight)
+        )
+        notices += _truncated(datasets[-1])
+    return datasets, notices
+
+
+def _source_options(options: Config) -> dict[str, Any]:
+    template = options.prompt_template
+    path = configs.find_shipped(template) if template else None
+    return {**options.to_dict(), "prompt_template": path}
+
+
+def _truncated(dataset: Dataset) -> list[str]:
+    prompts = {source.prompt(record, 0) for record in dataset.records}
+    long = sum(not dataset.tokenizer.fits(prompt, dataset.repeats) for prompt in prompts)
+    if not long:
+        return []
+    return [
+        f"data.{dataset.name}: {long} of {len(prompts)} prompts are cut at "
+        f"{75 * dataset.repeats} tokens; raise model.tokenizer_repeats"
+    ]
+
+
+def _total_steps(train: Config, num_batches: int) -> int:
+    if train.train_epochs is None:
+        return train.train_steps
+    return -(-train.train_epochs * num_batches // train.gradient_accumulation_steps)
+
+
+def _rate_factor(config: Config, num_devices: int) -> int:
+    """By which `scale_lr` multiplies all rates: the images of one update."""
+    if not config.train.scale_lr:
+        return 1
+    images = sum(options.batch_size for options in config.data.values())
+    return images * num_devices * config.train.gradient_accumulation_steps
+
+
+def _rates(options: Config, named: list[Group], total_steps: int) -> dict[str, optimizers.Rate]:
+    return {
+        group.name: optimizers.schedule(
+            options.name,
+            group.lr,
+            options.num_warmup_steps,
+            options.num_training_steps or total_steps,
+            **options.scheduler_kwargs.to_dict(),
+        )
+        for group in named
+    }
+
+
+def describe(plan: Plan) -> str:
+    """The plan as text for people."""
+    config, train = plan.config, plan.config.train
+    devices = f"{plan.mesh.size} × {jax.devices()[0].device_kind}"
+    layout = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.shape.items())
+    schedule_name = train.scheduler.name
+    length = (
+        f"{train.train_epochs} epochs" if train.train_epochs else f"{train.train_steps} updates"
+    )
+    blocks = [
+        ("model", [f"{plan.model.folder} ({plan.noising.prediction_type})"]),
+        ("devices", [f"{devices} ({layout}), computing in {COMPUTE[config.mixed_precision]}"]),
+        ("train", [_group_line(plan, group) for group in plan.groups]),
+        ("data", [line for dataset in plan.datasets for line in _dataset_lines(dataset)]),
+        (
+            "steps",
+            [
+                f"{plan.total_steps} ({length}; {plan.epoch(plan.total_steps):.1f} epochs of "
+                f"{plan.datasets[0].name}), {plan.images_per_step} images each, "
+                f"schedule {schedule_name}"
+            ],
+        ),
+        ("notice", plan.notices),
+    ]
+    return "\n".join(
+        f"{title if i == 0 else '':10}{line}"
+        for title, lines in blocks
+        for i, line in enumerate(lines)
+    )
+
+
+def _group_line(plan: Plan, group: Group) -> str:
+    names = [name for name, label in plan.labels["unet"].items() if label == group.name]
+    weights = params.count({name: plan.model.unet.params[name] for name in names})
+    total = params.count(plan.model.unet.params)
+    return (
+        f"{group.name:10}{weights:>13,} weights ({100 * weights / total:.1f} %) in "
+        f"{len(names)} tensors, rate {group.lr:.3g}, layers {', '.join(map(repr, group.layers))}"
+    )
+
+
+def _dataset_lines(dataset: Dataset) -> list[str]:
+    lines = [
+        f"{dataset.name}: {len(dataset.records)} images, {dataset.num_batches} batches of "
+        f"{dataset.plan.batch_size} an epoch, loss weight {dataset.loss_weight:g}"
+    ]
+    lines += [
+        f"  {width} × {height}: {shape.num_images} images in {shape.num_batches} batches"
+        for shape in dataset.shapes
+        for width, height in [shape.size]
+    ]
+    first = dataset.records[0]
+    return [*lines, f"  e.g. {first.path.name}: {source.prompt(first, 0)!r}"]
+
+
+def parse(argv: Sequence[str], add: Callable[[argparse.ArgumentParser], object] | None = None):
+    """The arguments that all programs of training take: a file and overrides."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", "--cfg", help="YAML file")
+    if add:
+        add(parser)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the plan."""
+    args = parse(argv)
+    if not args.config:
+        raise UserError("name a configuration: --config FILE")
+    print(describe(prepare(*configs.load(args.config, args.overrides))))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,119 @@
+"""What a run leaves behind: its numbers, part files, the finished model."""
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxft.compiled import Metrics
+from jaxft.errors import UserError
+from jaxft.formats import diffusers_folder, hcp, webui
+from jaxft.log import RunLog
+from jaxft.plan import Plan
+from jaxft.shapes import Params
+
+IN_FLIGHT = 2
+"""Steps whose numbers are not waited for."""
+
+MAX_SKIPPED = 3
+"""Updates in a row without a finite gradient that end a run."""
+
+
+class Numbers:
+    """The numbers of steps, fetched when later steps are under way, checked and logged."""
+
+    def __init__(self, plan: Plan, log: RunLog, start: int):
+        self._plan, self._log, self._logged = plan, log, start
+        self._skipped = 0
+        self._pending: deque[tuple[int, Metrics]] = deque()
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Takes the numbers of a step; those of earlier steps are dealt with.
+
+        Raises:
+            UserError: too many updates in a row had no finite gradient.
+        """
+        self._pending.append((step, metrics))
+        while len(self._pending) > IN_FLIGHT:
+            self._settle(*self._pending.popleft())
+
+    def flush(self) -> None:
+        """Deals with all numbers."""
+        while self._pending:
+            self._settle(*self._pending.popleft())
+
+    def _settle(self, step: int, metrics: Metrics) -> None:
+        grad_norm = float(metrics.grad_norm)
+        self._skipped = 0 if math.isfinite(grad_norm) else self._skipped + 1
+        if self._skipped:
+            self._log.message(f"step {step}: the gradient is not finite; the update is left out")
+        if self._skipped >= MAX_SKIPPED:
+            raise UserError(
+                f"step {step}: {self._skipped} updates in a row without a finite gradient; lower the "
+                "rates, or compute in float32 (mixed_precision=no), and resume"
+            )
+        plan = self._plan
+        if step % plan.config.train.log_step and step not in (1, plan.total_steps):
+            return
+        names = [dataset.name for dataset in plan.datasets]
+        losses = [float(np.mean([float(part) for part in parts])) for parts in metrics.losses]
+        weights = [dataset.loss_weight for dataset in plan.datasets]
+        self._log.record(
+            step,
+            epoch=int(plan.epoch(step - 1)),
+            total=float(np.dot(losses, weights)),
+            loss=dict(zip(names, losses, strict=True)),
+            lr={name: float(rate(step - 1)) for name, rate in plan.rates.items()},
+            grad_norm=grad_norm,
+            images=(step - self._logged) * plan.images_per_step,
+        )
+        self._logged = step
+
+
+class Parts:
+    """Part files of a run, `unet-<step>.safetensors`, written in the background."""
+
+    def __init__(self, folder: Path, dtype: str):
+        self._folder, self._dtype = folder, dtype
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="parts")
+        self._writing: Future[None] | None = None
+
+    def write(self, step: int, weights: Params) -> None:
+        """Starts to write; returns when the weights are copied. Waits for the file before it."""
+        self._wait()
+        host = jax.device_get(weights)
+        path = self._folder / f"unet-{step}.safetensors"
+        self._writing = self._thread.submit(hcp.write_part, path, host, self._dtype)
+
+    def close(self) -> None:
+        """Returns when the last file is written."""
+        self._wait()
+        self._thread.shutdown()
+
+    def _wait(self) -> None:
+        writing, self._writing = self._writing, None
+        try:
+            if writing is not None:
+                writing.result()
+        except OSError as error:
+            raise UserError(f"{self._folder}: the weights were not written: {error}") from error
+
+
+def export(plan: Plan, trained: Params, folder: Path) -> Iterator[Path]:
+    """Writes the finished model to `folder/export`, in the formats that the configuration names."""
+    formats = plan.config.export or {}
+    weights = plan.model.unet.params | jax.device_get(trained)
+    unet = diffusers_folder.Component(plan.model.unet.config, weights)
+    model = plan.model._replace(unet=unet)
+    target = folder / "export" / folder.name
+    if formats.get("webui"):
+        file = target.with_name(f"{target.name}.safetensors")
+        webui.write(file, model, formats["webui"])
+        yield file
+    if formats.get("diffusers"):
+        diffusers_folder.write(target, model, formats["diffusers"])
+        yield target

@@ -1,0 +1,336 @@
+"""`python -m jaxft.sample`: images from text, or the merged model as a folder."""
+
+import argparse
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import FrozenConfigDict
+from tqdm import tqdm
+
+from jaxft import __version__, compat, gallery, params
+from jaxft import config as configuration
+from jaxft.cli import run
+from jaxft.data.prompt_weights import WeightedText, WeightedTokenizer, parse
+from jaxft.diffusion import generate, scheduler_config
+from jaxft.diffusion.generate import Networks, Prompts
+from jaxft.diffusion.samplers import Table
+from jaxft.errors import UserError
+from jaxft.formats import diffusers_folder, hcp
+from jaxft.formats.diffusers_folder import NETWORKS, Component, Model
+from jaxft.models import vae
+from jaxft.shapes import Latents
+
+Config = Any
+"""A `FrozenConfigDict` as `configs/infer/base.yaml` describes it, its types checked."""
+
+MERGED = {"unet": "unet", "TE": "text_encoder"}
+"""`merge.*.type` -> the network's name in the folder."""
+
+
+class Request(NamedTuple):
+    """One image to make."""
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns its exit code. Raises UserError for the user's mistakes."""
+    parser = argparse.ArgumentParser("jaxft sample", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--config", "--cfg", required=True, help="YAML file, as configs/infer/…")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted.key=value")
+    args = parser.parse_intermixed_args(argv)
+    config, notices = configuration.load(args.config, args.overrides, "infer")
+    for notice in notices:
+        print(notice)
+    make(config)
+    return 0
+
+
+def make(config: Config) -> None:
+    """Writes the merged model if `save_model.path` is given, else images."""
+    if config.save_model and config.save_model.path:
+        save_model(config)
+    else:
+        sample(config)
+
+
+def save_model(config: Config) -> None:
+    """Writes the model with everything merged in as a diffusers folder."""
+    folder = Path(config.save_model.path)
+    if not config.save_model.to_safetensors:
+        raise UserError("save_model.to_safetensors: only safetensors is written; leave it true")
+    if folder.suffix in (".ckpt", ".safetensors"):
+        raise UserError(
+            f"save_model.path: {folder} is named like a file; save a folder, then run "
+            f"`python -m jaxft.convert to-webui --model_path FOLDER --save_path {folder}`"
+        )
+    diffusers_folder.check_replaceable(folder)
+    model = load_model(config)
+    if config.new_components.scheduler:
+        make_table(model, 1, config.new_components.scheduler)
+    diffusers_folder.write(folder, model, config.save_model.dtype)
+    print(f"wrote {folder}")
+
+
+def sample(config: Config) -> None:
+    """Writes num × bs images to `save.out_dir`."""
+    requests = make_requests(config)
+    texts = [(parse(r.prompt), parse(r.negative_prompt)) for r in requests]
+    model = load_model(config)
+    steps = config.infer_args.num_inference_steps
+    table = make_table(model, steps, config.new_components.scheduler)
+    noise = make_noise(config, model, [request.seed for request in requests])
+    tokenizer = WeightedTokenizer(model.tokenizer)
+    _check_tokenizer(tokenizer, model)
+    _warn_of_cut(tokenizer, texts, config.N_repeats)
+
+    out_dir = Path(config.save.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    number = gallery.next_number(out_dir)
+    batches = make_batches(texts, noise, config, tokenizer)
+    images = generate_images(model, table, batches, config)
+    # The first image waits for the compiler: the bar stands at 0 meanwhile.
+    progress = tqdm(images, total=len(requests), unit="image", desc="sampling")
+    for request, (pixels, finite) in zip(requests, progress, strict=True):
+        if not finite:
+            remedy = "try dtype=bf16" if config.dtype == "fp16" else "are the weights damaged?"
+            raise UserError(f"the image of seed {request.seed} is not made of numbers; {remedy}")
+        write(out_dir, number, pixels, request, config, model)
+        number += 1
+    print(f"wrote {len(requests)} images to {out_dir}")
+
+
+def make_requests(config: Config) -> list[Request]:
+    """What to make, image by image; draws and prints seeds where none are given.
+
+    Raises:
+        UserError: a list of another length than num × bs, or a seed out of range.
+    """
+    for key in ("num", "bs", "N_repeats"):
+        if config[key] < 1:
+            raise UserError(f"{key} must be at least 1, not {config[key]}")
+    count = config.num * config.bs
+    seed = config.seed
+    if seed is None:
+        seed = random.SystemRandom().randrange(2**30)
+        print(f"seed={seed}")
+    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+    columns: dict[str, list[Any]] = {"seed": seeds}
+    for key in ("prompt", "neg_prompt"):
+        columns[key] = [config[key]] * count if isinstance(config[key], str) else list(config[key])
+    for key, column in columns.items():
+        if len(column) != count:
+            raise UserError(
+                f"{key}: a list needs one entry for each of the num × bs = {count} images, "
+                f"this has {len(column)}"
+            )
+    if not all(0 <= seed < 2**32 for seed in seeds):
+        raise UserError(f"seed: must lie between 0 and {2**32 - 1}")
+    rows = zip(columns["prompt"], columns["neg_prompt"], seeds, strict=True)
+    return [Request(*row) for row in rows]
+
+
+def load_model(config: Config) -> Model:
+    """The model named in the configuration with parts merged and components replaced.
+
+    Raises:
+        UserError: a file of model, parts or components is missing or does not fit.
+    """
+    _check_part_path(config)
+    model = diffusers_folder.read(
+        config.pretrained_model, revision=config.revision, variant=config.variant
+    )
+    for group in (config.merge or {}).values():
+        network = MERGED[group.type]
+        component: Component = getattr(model, network)
+        for part in group.part.values():
+            weights = hcp.merge_part(
+                component.params,
+                hcp.read_part(Path(part.path)),
+                alpha=part.alpha,
+                base_model_alpha=group.base_model_alpha,
+                layers=part.layers,
+                source=part.path,
+            )
+            component = component._replace(params=weights)
+        model = model._replace(**{network: component})
+    return replace_components(model, config.new_components)
+
+
+def _check_part_path(config: Config) -> None:
+    """Raises UserError where `part_path` is given to a configuration that does not merge it."""
+    groups = (config.merge or {}).values()
+    merged = {part.path for group in groups for part in group.part.values()}
+    if config.part_path and config.part_path not in merged:
+        raise UserError(
+            "part_path: this configuration merges no part; use --config configs/infer/t2i_part.yaml"
+        )
+
+
+def replace_components(model: Model, new: Config) -> Model:
+    """The model with the VAE and the sampler of `new_components`.
+
+    A sampler's options that are not given have its class's defaults, as in diffusers; but the
+    prediction type is then the model's own, which no choice of sampler changes.
+    """
+    if new.vae:
+        model = model._replace(vae=compat.build(new.vae, "vae", "new_components.vae"))
+    if new.scheduler:
+        made = compat.build(new.scheduler, "sampler", "new_components.scheduler")
+        own = {"prediction_type": model.scheduler.get("prediction_type", "epsilon")}
+        model = model._replace(scheduler=own | made)
+    return model
+
+
+def make_table(model: Model, steps: int, replaced: Any) -> Table:
+    """The sampler's table; a user's options are checked more strictly than a file's."""
+    where = "new_components.scheduler" if replaced else str(model.folder / "scheduler")
+    return scheduler_config.table(model.scheduler, steps, where=where, strict=bool(replaced))
+
+
+def make_noise(config: Config, model: Model, seeds: Sequence[int]) -> Latents:
+    """Initial noise of unit variance for every image, [n, h, w, 4].
+
+    Raises:
+        UserError: a size that the VAE cannot make, or a file of latents that does not fit.
+    """
+    scale = vae.downsampling(model.vae.config)
+    width, height = config.infer_args.width, config.infer_args.height
+    for key, size in (("width", width), ("height", height)):
+        if size < scale or size % scale:
+            raise UserError(f"infer_args.{key} must be a multiple of {scale}, not {size}")
+    channels = model.unet.config.get("in_channels", 4)
+    if channels != model.vae.config.get("latent_channels", 4):
+        raise UserError(
+            f"{model.folder}/unet: takes {channels} channels; only text-to-image models are "
+            "supported, no inpainting or depth models"
+        )
+    if not config.infer_args.latents:
+        return generate.initial_noise(seeds, height // scale, width // scale, channels)
+    path, shape = config.infer_args.latents, (len(seeds), channels, height // scale, width // scale)
+    try:
+        noise = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"infer_args.latents: {path} is no readable .npy file: {error}") from None
+    if not isinstance(noise, np.ndarray) or noise.shape != shape:
+        found = getattr(noise, "shape", "several arrays")
+        raise UserError(f"infer_args.latents: {path} is {found}, needed is {shape}")
+    return jax.numpy.asarray(np.moveaxis(noise, 1, -1), jax.numpy.float32)
+
+
+def _check_tokenizer(tokenizer: WeightedTokenizer, model: Model) -> None:
+    embeddings = model.text_encoder.params["text_model.embeddings.token_embedding.weight"]
+    if tokenizer.vocab_size > len(embeddings):
+        raise UserError(
+            f"{model.tokenizer}: has {tokenizer.vocab_size} tokens, the text encoder knows "
+            f"{len(embeddings)}; they are of different models"
+        )
+
+
+def _warn_of_cut(
+    tokenizer: WeightedTokenizer, texts: Sequence[tuple[WeightedText, WeightedText]], repeats: int
+) -> None:
+    for text in dict.fromkeys(side.text for pair in texts for side in pair):
+        if not tokenizer.fits(text, repeats):
+            print(f"cut after {75 * repeats} tokens (raise N_repeats to keep all): {text!r}")
+
+
+def make_batches(
+    texts: Sequence[tuple[WeightedText, WeightedText]],
+    noise: Latents,
+    config: Config,
+    tokenizer: WeightedTokenizer,
+) -> Iterator[tuple[Prompts, Prompts, Latents]]:
+    """Arguments of the program, `bs` images at a time: prompts, negative prompts, noise."""
+    is_weighted = any(weight != 1 for pair in texts for side in pair for weight in side.weights)
+
+    def encode(side: Sequence[WeightedText]) -> Prompts:
+        pairs = [tokenizer.encode_weighted(text, config.N_repeats) for text in side]
+        input_ids, weights = (
+            jax.numpy.asarray(np.stack(column)) for column in zip(*pairs, strict=True)
+        )
+        return Prompts(input_ids, weights if is_weighted else None)
+
+    for start in range(0, len(texts), config.bs):
+        part = slice(start, start + config.bs)
+        positive, negative = zip(*texts[part], strict=True)
+        yield encode(positive), encode(negative), noise[part]
+
+
+def generate_images(
+    model: Model,
+    table: Table,
+    batches: Iterator[tuple[Prompts, Prompts, Latents]],
+    config: Config,
+) -> Iterator[tuple[np.ndarray, bool]]:
+    """Each image [h, w, 3] uint8, and whether all of its numbers were finite."""
+    structures = Networks(
+        **{
+            name: params.abstract(lambda n=name: NETWORKS[n](getattr(model, n).config))[0]
+            for name in NETWORKS
+        }
+    )
+    dtype = params.DTYPES[config.dtype]
+    program = generate.program(
+        structures,
+        scaling_factor=model.vae.config.get("scaling_factor", 0.18215),
+        clip_skip=config.clip_skip,
+        final_norm=config.clip_final_norm,
+        dtype=dtype,
+    )
+    held = Networks(
+        unet=model.unet.params, vae=model.vae.params, text_encoder=model.text_encoder.params
+    )
+    if not config.amp:
+        held = held._replace(
+            unet=params.cast(held.unet, dtype), text_encoder=params.cast(held.text_encoder, dtype)
+        )
+    weights = jax.device_put(held)
+    scale = float(config.infer_args.guidance_scale)
+    for positive, negative, noise in batches:
+        prompts = generate.guided_by(scale, negative, positive)
+        pixels, finite = program(weights, prompts, scale, noise, table)
+        yield from zip(np.asarray(pixels), np.asarray(finite).tolist(), strict=True)
+
+
+def write(
+    folder: Path,
+    number: int,
+    pixels: np.ndarray,
+    request: Request,
+    config: Config,
+    model: Model,
+) -> None:
+    """Writes an image with its settings in it, and beside it with `save.save_cfg`."""
+    tree = config.to_dict()
+    tree |= {"prompt": request.prompt, "neg_prompt": request.negative_prompt}
+    tree |= {"seed": request.seed, "num": 1, "bs": 1}
+    settings = {
+        "Steps": config.infer_args.num_inference_steps,
+        "Sampler": scheduler_config.display_name(model.scheduler),
+        "CFG scale": config.infer_args.guidance_scale,
+        "Seed": request.seed,
+        "Size": f"{config.infer_args.width}x{config.infer_args.height}",
+        "Model": Path(config.pretrained_model).name,
+        "Version": f"jaxft {__version__}",
+    }
+    texts = {
+        "parameters": gallery.parameters(request.prompt, request.negative_prompt, settings),
+        "jaxft": json.dumps(tree),
+    }
+    name = gallery.image_name(number, request.seed, request.prompt, config.save.image_type)
+    if config.save.save_cfg:
+        text = configuration.to_yaml(FrozenConfigDict(tree))
+        gallery.write_text(folder / f"{number}-{request.seed}-info.yaml", text)
+    gallery.write_image(folder / name, pixels, texts, config.save.quality)
+
+
+if __name__ == "__main__":
+    run(main)

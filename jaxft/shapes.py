@@ -1,0 +1,20 @@
+"""The vocabulary of arrays: what crosses a module's border has one of these types.
+
+Axes: b batch, h and w height and width (of latents or pixels as named), c channels,
+s text positions, d features.
+"""
+
+from jaxtyping import Array, Float, Int, UInt8
+
+Params = dict[str, Array]
+"""Weights of one network: PyTorch's names to arrays in PyTorch's layouts."""
+
+Latents = Float[Array, "b h w c"]
+Moments = Float[Array, "b h w 2*c"]
+"""Mean and log variance of latents, stacked on the last axis."""
+Images = Float[Array, "b h w 3"]
+"""Pixels in [-1, 1]."""
+Pixels = UInt8[Array, "b h w 3"]
+Timesteps = Int[Array, " b"]
+TokenIds = Int[Array, "b s"]
+TextStates = Float[Array, "b s d"]

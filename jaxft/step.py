@@ -1,0 +1,142 @@
+"""One step of training, as pure functions.
+
+A batch is what `jaxft.data.loader` makes: `input_ids` int32 [b, r, 77], `weight` float32 [b], and
+`moments` float32 [b, h, w, 8] or `pixel_values` uint8 [b, 8h, 8w, 3].
+
+`gradients` is compiled once for every data set and shape, `update` once: a step calls `gradients`
+for each batch (several data sets, accumulation), adding up, then `update`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxft import params
+from jaxft.diffusion import conditioning, losses, schedule
+from jaxft.models import vae
+from jaxft.shapes import Latents, Params, Pixels, Timesteps
+
+Weights = dict[str, Params]
+"""Network (`unet`, `vae`, `text_encoder`) -> its weights, or some of them."""
+
+
+class TrainState(NamedTuple):
+    """All that training changes."""
+
+    step: Int[Array, ""]
+    """Updates made, skipped ones counted."""
+    trainable: Weights
+    """float32."""
+    opt_state: optax.OptState
+
+
+class Objective(NamedTuple):
+    """What a step minimises, apart from weights and data; nothing in it changes in a run."""
+
+    networks: dict[str, nnx.GraphDef]
+    schedule: schedule.NoiseSchedule
+    scaling_factor: float
+    """Of the VAE's latents."""
+    dtype: Any
+    """Of the UNet's activations."""
+    clip_skip: int = 0
+    clip_final_norm: bool = True
+
+
+class Draws(NamedTuple):
+    """The random part of a step."""
+
+    latent_noise: Latents
+    noise: Latents
+    timesteps: Timesteps
+
+
+def draw(key: Array, shape: tuple[int, ...], num_timesteps: int) -> Draws:
+    """Noise and uniform timesteps for latents [b, h, w, c]; the same on any number of devices."""
+    latent_key, noise_key, time_key = jax.random.split(key, 3)
+    return Draws(
+        jax.random.normal(latent_key, shape),
+        jax.random.normal(noise_key, shape),
+        jax.random.randint(time_key, shape[:1], 0, num_timesteps),
+    )
+
+
+def batch_key(key: Array, step: Array | int, dataset: int, part: int) -> Array:
+    """The key of one batch: data set number and part (of an accumulated step) within a step."""
+    for number in (step, dataset, part):
+        key = jax.random.fold_in(key, number)
+    return key
+
+
+def encode_pixels(graphdef: nnx.GraphDef, weights: Params, pixels: Pixels) -> Array:
+    """VAE moments [b, h/8, w/8, 8] of pixels [b, h, w, 3]; float32."""
+    images = pixels.astype(jnp.float32) / 127.5 - 1.0
+    return params.bind(graphdef, weights).encode(images)
+
+
+def loss(
+    objective: Objective, trainable: Weights, frozen: Weights, batch: dict[str, Array], key: Array
+) -> Float[Array, ""]:
+    """Mean squared error of the UNet's prediction; Ho et al. 2020, eq. 14; float32."""
+    nets, noising = objective.networks, objective.schedule
+    weights = {name: frozen.get(name, {}) | trainable.get(name, {}) for name in nets}
+    moments = batch.get("moments")
+    if moments is None:
+        moments = encode_pixels(nets["vae"], weights["vae"], batch["pixel_values"])
+    shape = (*moments.shape[:3], moments.shape[3] // 2)
+    draws = draw(key, shape, len(noising.alphas_cumprod))
+    latents = vae.sample_latents(moments, draws.latent_noise) * objective.scaling_factor
+    noisy = schedule.add_noise(noising, latents, draws.noise, draws.timesteps)
+    text = conditioning.encode_text(
+        params.bind(nets["text_encoder"], weights["text_encoder"]),
+        batch["input_ids"],
+        clip_skip=objective.clip_skip,
+        final_norm=objective.clip_final_norm,
+    )
+    unet = params.bind(nets["unet"], weights["unet"])
+    predicted = unet(noisy.astype(objective.dtype), draws.timesteps, text)
+    wanted = schedule.target(noising, latents, draws.noise, draws.timesteps)
+    return losses.weighted_mean_squared_error(predicted, wanted, batch["weight"])
+
+
+def gradients(
+    objective: Objective,
+    factor: float,
+    trainable: Weights,
+    frozen: Weights,
+    batch: dict[str, Array],
+    key: Array,
+    total: Weights | None,
+) -> tuple[Float[Array, ""], Weights]:
+    """A batch's loss, and `total` plus `factor` times its gradient (None: nothing to add to)."""
+    value, grads = jax.value_and_grad(lambda trained: loss(objective, trained, frozen, batch, key))(
+        trainable
+    )
+    grads = jax.tree.map(lambda g: factor * g, grads)
+    return value, grads if total is None else jax.tree.map(jnp.add, total, grads)
+
+
+def init(optimizer: optax.GradientTransformation, trainable: Weights) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+
+
+def update(
+    optimizer: optax.GradientTransformation, state: TrainState, grads: Weights
+) -> tuple[TrainState, Float[Array, ""]]:
+    """The next state and the gradient's global norm before clipping.
+
+    A gradient that is not finite leaves weights and optimizer as they were, bit for bit.
+    """
+    norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+    finite = jnp.isfinite(norm)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+    changed = (optax.apply_updates(state.trainable, updates), opt_state)
+    trainable, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), changed, (state.trainable, state.opt_state)
+    )
+    return TrainState(state.step + 1, trainable, opt_state), norm

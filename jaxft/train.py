@@ -1,0 +1,310 @@
+"""Training.
+
+    python -m jaxft.train --config configs/train/ft1.yaml [key=value …]
+    python -m jaxft.train --resume exps/2026-11-22-10-15-00 [key=value …]
+
+A run writes one folder; see `docs/`. Ctrl-C and SIGTERM save and end it (exit code 130 or 143).
+"""
+
+import json
+import logging
+import os
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft import cli, params
+from jaxft import config as configs
+from jaxft import mesh as meshes
+from jaxft import plan as plans
+from jaxft import step as steps
+from jaxft.checkpoint import Checkpoints
+from jaxft.compiled import Programs
+from jaxft.config import Config
+from jaxft.data import latents, loader
+from jaxft.data.loader import Dataset
+from jaxft.errors import UserError
+from jaxft.lock import lock
+from jaxft.log import RunLog
+from jaxft.models.clip import CLIPTextModel
+from jaxft.models.unet import UNet2DConditionModel
+from jaxft.models.vae import AutoencoderKL
+from jaxft.params import abstract
+from jaxft.plan import Plan
+from jaxft.records import Numbers, Parts, export
+from jaxft.signals import Stop
+from jaxft.step import Objective, TrainState, Weights
+
+UNSAVED = {".lock", "cfg.yaml", "plan.txt", "train.log", "metrics.jsonl", "tblog", "state"}
+"""What a run leaves behind that ended before its first checkpoint."""
+
+REMAT = {True: "blocks", False: "none"}
+"""Policies that `model.gradient_checkpointing` may name by yes or no."""
+
+
+class Run(NamedTuple):
+    """What the loop needs, on the devices."""
+
+    plan: Plan
+    programs: Programs
+    frozen: Weights
+    key: jax.Array
+
+
+def main(argv: Sequence[str]) -> int:
+    """Trains; returns 0, or 128 + the number of the signal that ended the run early."""
+    args = plans.parse(
+        argv, lambda parser: parser.add_argument("--resume", help="folder of a run to go on with")
+    )
+    overrides = list(args.overrides)
+    if args.resume:
+        overrides.append(f"train.resume={json.dumps(args.resume)}")
+    file = args.config or (args.resume and str(Path(args.resume) / "cfg.yaml"))
+    if not file:
+        raise UserError("name a configuration, --config FILE, or a run to go on with, --resume RUN")
+    if args.resume:
+        _check_is_run(Path(args.resume))
+    return train(*configs.load(file, overrides))
+
+
+def train(config: Config, notices: Sequence[str] = ()) -> int:
+    """Runs the configuration; see `main`."""
+    folder, resumes = _folder(config)
+    _enable_compile_cache(config.compile_cache)
+    plan = plans.prepare(config, notices)
+    with lock(folder), Stop() as stop:
+        checkpoints = Checkpoints(folder / "state", config.train.keep_last)
+        start = _latest(checkpoints, folder) if resumes else 0
+        _write_records(folder, plan, start)
+        with RunLog(folder, plan.total_steps, start) as log:
+            log.message(plans.describe(plan))
+            plan = _cached(plan)
+            run = _to_devices(plan)
+            state = _start(run, checkpoints, start)
+            _compile(run, state, log)
+            code = _loop(run, state, folder, checkpoints, log, stop, start)
+    return code
+
+
+# -------------------------------------------------------------------------------------- set-up
+
+
+def _check_is_run(folder: Path) -> None:
+    lacking = [name for name in ("cfg.yaml", "state") if not (folder / name).exists()]
+    if lacking:
+        raise UserError(
+            f"--resume: {folder} is not the folder of a run that was saved, it lacks "
+            f"{' and '.join(lacking)}"
+        )
+
+
+def _folder(config: Config) -> tuple[Path, bool]:
+    """The run's folder, and whether the run goes on there."""
+    if config.train.resume:
+        folder = Path(config.train.resume)
+        _check_is_run(folder)
+        return folder, True
+    folder = Path(config.exp_dir)
+    if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - UNSAVED):
+        raise UserError(
+            f"exp_dir: {folder} is not empty; choose another, or go on there with --resume {folder}"
+        )
+    return folder, False
+
+
+def _enable_compile_cache(folder: str | None) -> None:
+    """Compiled programs are kept between runs; JAX's own environment variable wins."""
+    if folder and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _latest(checkpoints: Checkpoints, folder: Path) -> int:
+    step = checkpoints.latest()
+    if step is None:
+        raise UserError(f"{folder}: no complete checkpoint in it; start the run anew")
+    return step
+
+
+def _write_records(folder: Path, plan: Plan, start: int) -> None:
+    """cfg.yaml, without what ties it to this folder, and plan.txt; those of before are kept."""
+    recipe = plan.config.to_dict()
+    del recipe["exp_dir"]
+    recipe["train"]["resume"] = None
+    texts = {
+        "cfg.yaml": configs.to_yaml(recipe),
+        "plan.txt": plans.describe(plan) + "\n",
+    }
+    for name, text in texts.items():
+        path = folder / name
+        if path.exists() and path.read_text("utf-8") != text:
+            path.rename(folder / f"{path.stem}-until-{start}{path.suffix}")
+        path.write_text(text, "utf-8")
+
+
+def _cached(plan: Plan) -> Plan:
+    """The plan with the moments of the data sets that want them."""
+    cached = [d for d in plan.datasets if plan.config.data[d.name].cache_latents]
+    if not cached:
+        return plan
+    graphdef, _ = abstract(lambda: AutoencoderKL(plan.model.vae.config))
+    where = meshes.batch_sharding(plan.mesh)
+    weights = _placed(plan, {"vae": params.cast(plan.model.vae.params, np.float32)})["vae"]
+    encode = jax.jit(lambda w, pixels: steps.encode_pixels(graphdef, w, pixels))
+    store = latents.cache(
+        [wanted for dataset in cached for wanted in dataset.wanted],
+        lambda pixels: np.asarray(encode(weights, jax.device_put(pixels, where))),
+        batch_size=plan.mesh.size,
+        workers=max(plan.config.train.workers, 1),
+    )
+    names = {dataset.name for dataset in cached}
+    return plan._replace(
+        datasets=[replace(d, moments=store) if d.name in names else d for d in plan.datasets]
+    )
+
+
+def _placed(plan: Plan, weights: Weights) -> Weights:
+    """Weights on the devices, split as the mesh says."""
+    return jax.device_put(weights, meshes.shardings(plan.mesh, weights))
+
+
+def _to_devices(plan: Plan) -> Run:
+    """Networks and frozen weights; of the VAE only what steps need."""
+    config, model = plan.config, plan.model
+    dtype = jnp.dtype(plans.COMPUTE[config.mixed_precision])
+    policy = config.model.gradient_checkpointing
+    remat = REMAT[policy] if isinstance(policy, bool) else policy
+    networks = {
+        "unet": abstract(lambda: UNet2DConditionModel(model.unet.config, remat)),
+        "text_encoder": abstract(lambda: CLIPTextModel(model.text_encoder.config)),
+    }
+    trained = plan.labels["unet"]
+    frozen = {
+        "unet": {k: v for k, v in model.unet.params.items() if k not in trained},
+        "text_encoder": model.text_encoder.params,
+    }
+    frozen = {name: params.cast(weights, dtype) for name, weights in frozen.items()}
+    if any(dataset.moments is None for dataset in plan.datasets):
+        networks["vae"] = abstract(lambda: AutoencoderKL(model.vae.config))
+        frozen["vae"] = params.cast(model.vae.params, np.float32)
+    objective = Objective(
+        networks={name: graphdef for name, (graphdef, _) in networks.items()},
+        schedule=plan.noising,
+        scaling_factor=model.vae.config.get("scaling_factor", 0.18215),
+        dtype=dtype,
+        clip_skip=config.model.clip_skip,
+        clip_final_norm=config.model.clip_final_norm,
+    )
+    programs = Programs(
+        objective,
+        plan.optimizer,
+        plan.mesh,
+        loss_weights=[dataset.loss_weight for dataset in plan.datasets],
+        accumulation=plan.accumulation,
+    )
+    key = jax.device_put(jax.random.key(config.seed), meshes.replicated(plan.mesh))
+    return Run(plan, programs, _placed(plan, frozen), key)
+
+
+def _start(run: Run, checkpoints: Checkpoints, start: int) -> TrainState:
+    """The state of a checkpoint, or of step 0."""
+    weights = run.plan.model.unet.params
+    chosen = {name: weights[name] for name in weights if name in run.plan.labels["unet"]}
+    trainable = {"unet": params.cast(chosen, np.float32)}
+    if not start:
+        return run.programs.init(_placed(run.plan, trainable))
+    state, _ = checkpoints.restore(start, run.programs.state(trainable))
+    return state
+
+
+def _compile(run: Run, state: TrainState, log: RunLog) -> None:
+    batches = [_one_of_each_shape(dataset) for dataset in run.plan.datasets]
+    run.programs.compile(state, run.frozen, run.key, batches)
+    log.message(f"memory    {run.programs.memory() / 2**30:.2f} GiB on each device")
+
+
+def _one_of_each_shape(dataset: Dataset) -> list[dict[str, jax.ShapeDtypeStruct]]:
+    rows, repeats = dataset.plan.batch_size, dataset.repeats
+    batches = []
+    for width, height in (shape.size for shape in dataset.shapes):
+        batch: dict[str, tuple[tuple[int, ...], Any]] = {
+            "input_ids": ((rows, repeats, 77), np.int32),
+            "weight": ((rows,), np.float32),
+        }
+        if dataset.moments is None:
+            batch["pixel_values"] = ((rows, height, width, 3), np.uint8)
+        else:
+            batch["moments"] = ((rows, height // 8, width // 8, 8), np.float32)
+        batches.append({k: jax.ShapeDtypeStruct(*v) for k, v in batch.items()})
+    return batches
+
+
+# ---------------------------------------------------------------------------------------- loop
+
+
+def _loop(
+    run: Run,
+    state: TrainState,
+    folder: Path,
+    checkpoints: Checkpoints,
+    log: RunLog,
+    stop: Stop,
+    start: int,
+) -> int:
+    """Steps `start` to the end, or to the one in which the user asks to stop."""
+    plan, every = run.plan, run.plan.config.train.save_step
+    numbers = Numbers(plan, log, start)
+    log.start()
+    with (
+        closing(checkpoints),
+        closing(Parts(folder / "ckpts", plan.config.ckpt_dtype)) as parts,
+        closing(_feed(plan, start)) as feed,
+    ):
+        for step in range(start + 1, plan.total_steps + 1):
+            state, metrics = run.programs.step(state, run.frozen, run.key, next(feed))
+            numbers.add(step, metrics)
+            log.advance(step)
+            last = step == plan.total_steps or stop.requested
+            if last or step % every == 0:
+                numbers.flush()
+                checkpoints.save(step, state, {"images_per_step": plan.images_per_step})
+                parts.write(step, state.trainable["unet"])
+            if last:
+                break
+    if stop.requested:
+        log.message(f"stopped; go on with: python -m jaxft.train --resume {folder}")
+        return 128 + stop.requested
+    for path in export(plan, state.trainable["unet"], folder):
+        log.message(f"wrote     {path}")
+    return 0
+
+
+def _feed(plan: Plan, start: int) -> Generator[list[list[Any]], None, None]:
+    """Batches of each step on the devices, of each data set one for each part; one step ahead."""
+    where = meshes.batch_sharding(plan.mesh)
+    parts = plan.accumulation
+    workers = plan.config.train.workers
+    streams = [loader.open(d, start * parts, workers=workers) for d in plan.datasets]
+
+    def take() -> list[list[Any]]:
+        return [[jax.device_put(next(stream), where) for _ in range(parts)] for stream in streams]
+
+    try:
+        ahead = take()
+        while True:
+            yield ahead
+            ahead = take()
+    finally:
+        for stream in streams:
+            stream.close()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")
+    cli.run(main)

@@ -1,0 +1,99 @@
+"""What the tests share: a tiny model written by PyTorch's diffusers, and a compile cache."""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import pytest  # noqa: E402
+
+warnings.filterwarnings("ignore", module="diffusers|transformers|torch")
+
+
+def randomise(module, seed: int):
+    """Random weights of a size that keeps activations near 1, norms near 1 and 0."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            scale = 0.1 if weight.ndim == 1 else weight[0].numel() ** -0.5
+            weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
+            if "norm" in name and name.endswith("weight"):
+                weight += 1
+    return module.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory):
+    """diffusers' StableDiffusionPipeline: SD 1.5's topology, tiny widths, random weights."""
+    import random_model
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    size = random_model.write_tokenizer(folder)
+    text = CLIPTextConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        vocab_size=size,
+        bos_token_id=size - 2,
+        eos_token_id=size - 1,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 32, 64, 64),
+        norm_num_groups=16,
+        cross_attention_dim=32,
+        attention_head_dim=4,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 16, 16, 16),
+        layers_per_block=2,
+        norm_num_groups=8,
+        sample_size=64,
+    )
+    return StableDiffusionPipeline(
+        unet=randomise(unet, 1),
+        vae=randomise(vae, 2),
+        text_encoder=randomise(CLIPTextModel(text), 3),
+        tokenizer=CLIPTokenizer.from_pretrained(folder),
+        scheduler=DDIMScheduler(**random_model.SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that diffusers writes for `tiny_pipeline`. Not to be written to."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def rng():
+    """numpy's generator with a fixed seed."""
+    import numpy as np
+
+    return np.random.default_rng(0)
