@@ -52,7 +52,7 @@ def _part(text: str) -> int | str:
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
-    """Weights of one safetensors file, or of all shards that an index (`*.index.json`, `*.index.fp16.json`) names.
+    """Weights of one safetensors file, or of all shards that an index names.
 
     Raises:
         UserError: a file is missing or is no safetensors file, or the index names a file

@@ -25,7 +25,6 @@ from jaxft.formats import diffusers_folder
 from jaxft.tuning import optimizers
 from jaxft.tuning.groups import Group, Labels, assign
 
-
 COMPUTE = {"bf16": "bfloat16", "no": "float32"}
 """`mixed_precision` -> the dtype of activations; weights and moments are float32 always."""
 

@@ -53,8 +53,8 @@ class Numbers:
             self._log.message(f"step {step}: the gradient is not finite; the update is left out")
         if self._skipped >= MAX_SKIPPED:
             raise UserError(
-                f"step {step}: {self._skipped} updates in a row without a finite gradient; lower the "
-                "rates, or compute in float32 (mixed_precision=no), and resume"
+                f"step {step}: {self._skipped} updates in a row without a finite gradient; lower "
+                "the rates, or compute in float32 (mixed_precision=no), and resume"
             )
         plan = self._plan
         if step % plan.config.train.log_step and step not in (1, plan.total_steps):

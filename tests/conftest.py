@@ -4,6 +4,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla"))
@@ -19,7 +20,7 @@ import pytest  # noqa: E402
 warnings.filterwarnings("ignore", module="diffusers|transformers|torch")
 
 
-def randomise(module, seed: int):
+def randomise(module: Any, seed: int) -> Any:
     """Random weights of a size that keeps activations near 1, norms near 1 and 0."""
     import torch
 
@@ -97,3 +98,47 @@ def rng():
     import numpy as np
 
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def nano_model(tiny_pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model like `tiny_model` whose UNet has two levels, so that a gradient compiles in a fifth
+    of the time. Not to be written to."""
+    import random_model
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=64,
+    )
+    text = tiny_pipeline.text_encoder.config.to_dict()
+    text |= {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 2}
+    folder = tmp_path_factory.mktemp("model") / "nano"
+    StableDiffusionPipeline(
+        unet=randomise(unet, 4),
+        vae=randomise(vae, 5),
+        text_encoder=randomise(CLIPTextModel(CLIPTextConfig(**text)), 6),
+        tokenizer=tiny_pipeline.tokenizer,
+        scheduler=tiny_pipeline.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    random_model.write_tokenizer(folder / "tokenizer")  # as transformers 4 writes it
+    return folder

@@ -1,5 +1,7 @@
 """The networks compute what diffusers' and transformers' compute, on the same random weights."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from jaxft.models.vae import AutoencoderKL
 from tests.conftest import randomise
 
 TOLERANCE = 1e-4  # of the output's scale: float32 sums in another order
-SMALL_UNET = {
+SMALL_UNET: dict[str, Any] = {
     "block_out_channels": (32, 32, 64, 64),
     "norm_num_groups": 16,
     "cross_attention_dim": 24,
@@ -128,7 +130,7 @@ def test_true_sd15_unet_has_diffusers_keys_and_shapes():
 
 @pytest.mark.parametrize("policy", [p for p in REMAT if p != "none"])
 def test_remat_changes_no_gradient(policy, rng):
-    config = {
+    config: dict[str, Any] = {
         "block_out_channels": (16, 16),
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 from PIL import Image
 
-from jaxft import gallery, sample
+from jaxft import cli, gallery, sample
 from jaxft.data.prompt_weights import WeightedTokenizer, parse
 from jaxft.diffusion.conditioning import encode_text, weigh
 from jaxft.errors import UserError
@@ -135,7 +135,7 @@ def test_info_file_makes_the_image_again_alone(tiny_model, tmp_path):
 def test_files_carry_their_settings(tiny_model, tmp_path):
     Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "7-3-other.png")
     (tmp_path / "99 notes.txt").touch()
-    generate(tiny_model, tmp_path, "seed=null", "prompt=[a photo/../of, on]")
+    generate(tiny_model, tmp_path, "seed=null", "prompt=[a photo/../of, of]")
     first = next(tmp_path.glob("8-*.png"))
     assert first.name.endswith("-a photo_.._of.png")
     assert len(list(tmp_path.iterdir())) == 2 + 2 * 2
@@ -302,3 +302,21 @@ def test_names_are_safe_and_numbers_go_on(tmp_path_factory, prompt, seed, number
     (folder / name).touch()
     assert [path.name for path in folder.iterdir()] == [name]
     assert gallery.next_number(folder) == number + 1
+
+
+# -------------------------------------------------------------------------------- command line
+
+
+def test_programs_end_with_codes_and_without_tracebacks(capsys):
+    def fail(error: BaseException):
+        def program(argv):
+            raise error
+
+        return program
+
+    endings = {2: fail(UserError("no such key")), 130: fail(KeyboardInterrupt()), 0: lambda _: 0}
+    for code, program in endings.items():
+        with pytest.raises(SystemExit) as ended:
+            cli.run(program, [])
+        assert ended.value.code == code
+    assert capsys.readouterr().err == "error: no such key\n"

@@ -1,5 +1,7 @@
 """A training run equals a plain PyTorch loop; layouts, accumulation and data sets add up."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,7 @@ from jaxft.models.unet import UNet2DConditionModel
 from jaxft.tuning import optimizers
 from tests.conftest import randomise
 
-UNET = {
+UNET: dict[str, Any] = {
     "block_out_channels": (16, 32),
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -29,7 +31,7 @@ UNET = {
     "cross_attention_dim": 16,
     "attention_head_dim": 2,
 }
-TEXT = {
+TEXT: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 32,
     "num_hidden_layers": 1,
@@ -37,7 +39,11 @@ TEXT = {
     "vocab_size": 50,
     "eos_token_id": 49,
 }
-SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+SCHEDULER: dict[str, Any] = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+}
 SCALING = 0.18215
 RATE = 2e-4  # Adam turns rounding noise in a zero gradient into a step of this size
 
@@ -46,9 +52,11 @@ class Setup:
     """Both systems with the same random weights, and batches for them."""
 
     def __init__(self, prediction_type: str = "epsilon"):
-        self.unet = randomise(TorchUNet(**UNET), 0)
-        self.text = randomise(TorchText(CLIPTextConfig(**TEXT, bos_token_id=0)), 1)
-        self.noising = DDPMScheduler(**SCHEDULER, prediction_type=prediction_type)
+        self.unet: Any = randomise(TorchUNet(**UNET), 0)
+        self.text: Any = randomise(TorchText(CLIPTextConfig(**TEXT, bos_token_id=0)), 1)
+        self.noising: Any = DDPMScheduler.from_config(
+            SCHEDULER | {"prediction_type": prediction_type}
+        )
         unet_def, _ = params.abstract(lambda: UNet2DConditionModel(UNET))
         text_def, _ = params.abstract(lambda: CLIPTextModel(TEXT))
         self.objective = step.Objective(

@@ -1,5 +1,6 @@
 """Images from prompts: text encoder, sampling loop and decoder as one compiled program."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ Program = Callable[
 ]
 
 
+@functools.cache
 def program(
     structures: Networks,
     *,
@@ -47,7 +49,8 @@ def program(
 
     Prompts are those of `guided_by`. Noise has unit variance, [b, h, w, 4]. Pixels [b, 8h, 8w, 3]
     come back, and for each image whether all of its numbers were finite. Another scale or another
-    sampler of the same order and number of steps needs no new compilation.
+    sampler of the same order and number of steps needs no new compilation; nor does a second call
+    with the same arguments.
 
     Args:
         structures: `nnx.GraphDef` of each network.
