@@ -91,12 +91,12 @@ class Programs:
             zeros = functools.partial(jax.tree.map, jnp.zeros_like, state.trainable)
             jobs["zeros"] = (jax.jit(zeros, out_shardings=where.trainable), ())
 
-        def build(job: tuple[Any, tuple]) -> Any:
-            function, args = job
-            return function.lower(*args).compile()
-
+        # Tracing holds the interpreter's lock; and in threads it is not the same every time, which
+        # the cache of compiled programs would not survive.
+        lowered = [function.lower(*args) for function, args in jobs.values()]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            built = tqdm(pool.map(build, jobs.values()), "compiling", len(jobs), unit="program")
+            compiling = pool.map(lambda program: program.compile(), lowered)
+            built = tqdm(compiling, "compiling", len(jobs), unit="program")
             self._compiled = dict(zip(jobs, built, strict=True))
 
     def step(

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import FrozenConfigDict
 from tqdm import tqdm
 
-from jaxft import __version__, compat, gallery, params
+from jaxft import __version__, compat, compile_cache, gallery, params
 from jaxft import config as configuration
 from jaxft.cli import run
+from jaxft.config import Config
 from jaxft.data.prompt_weights import WeightedText, WeightedTokenizer, parse
 from jaxft.diffusion import generate, scheduler_config
 from jaxft.diffusion.generate import Networks, Prompts
@@ -24,9 +24,6 @@ from jaxft.formats import diffusers_folder, hcp
 from jaxft.formats.diffusers_folder import NETWORKS, Component, Model
 from jaxft.models import vae
 from jaxft.shapes import Latents
-
-Config = Any
-"""A `FrozenConfigDict` as `configs/infer/base.yaml` describes it, its types checked."""
 
 MERGED = {"unet": "unet", "TE": "text_encoder"}
 """`merge.*.type` -> the network's name in the folder."""
@@ -81,6 +78,7 @@ def save_model(config: Config) -> None:
 
 def sample(config: Config) -> None:
     """Writes num × bs images to `save.out_dir`."""
+    compile_cache.enable(config.compile_cache)
     requests = make_requests(config)
     texts = [(parse(r.prompt), parse(r.negative_prompt)) for r in requests]
     model = load_model(config)
@@ -327,7 +325,7 @@ def write(
     }
     name = gallery.image_name(number, request.seed, request.prompt, config.save.image_type)
     if config.save.save_cfg:
-        text = configuration.to_yaml(FrozenConfigDict(tree))
+        text = configuration.to_yaml(tree)
         gallery.write_text(folder / f"{number}-{request.seed}-info.yaml", text)
     gallery.write_image(folder / name, pixels, texts, config.save.quality)
 

@@ -8,7 +8,6 @@ A run writes one folder; see `docs/`. Ctrl-C and SIGTERM save and end it (exit c
 
 import json
 import logging
-import os
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -19,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import cli, params
+from jaxft import cli, compile_cache, params
 from jaxft import config as configs
 from jaxft import mesh as meshes
 from jaxft import plan as plans
@@ -76,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
 def train(config: Config, notices: Sequence[str] = ()) -> int:
     """Runs the configuration; see `main`."""
     folder, resumes = _folder(config)
-    _enable_compile_cache(config.compile_cache)
+    compile_cache.enable(config.compile_cache)
     plan = plans.prepare(config, notices)
     with lock(folder), Stop() as stop:
         checkpoints = Checkpoints(folder / "state", config.train.keep_last)
@@ -118,17 +117,10 @@ def _folder(config: Config) -> tuple[Path, bool]:
     return folder, False
 
 
-def _enable_compile_cache(folder: str | None) -> None:
-    """Compiled programs are kept between runs; JAX's own environment variable wins."""
-    if folder and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
 def _latest(checkpoints: Checkpoints, folder: Path) -> int:
     step = checkpoints.latest()
     if step is None:
-        raise UserError(f"{folder}: no complete checkpoint in it; start the run anew")
+        raise UserError(f"{folder}: no complete checkpoint in it; start anew, in another folder")
     return step
 
 

@@ -94,7 +94,7 @@ class Theirs:
         for module, state in ((self.unet, weights["unet"]), (self.text, bare)):
             module.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in state.items()})
             module.to(device)
-        self.noising = diffusers.DDPMScheduler.from_config(random_model.SCHEDULER)
+        self.noising: Any = diffusers.DDPMScheduler.from_config(random_model.SCHEDULER)
         self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=RATE)
         self.dtype, self.device = dtype, device
         self.unet.train()

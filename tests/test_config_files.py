@@ -29,7 +29,7 @@ train:
   train_epochs: 20
 
 model:
-  pretrained_model_name_or_path: 'runwayml/stable-diffusion-v1-5'
+  pretrained_model_name_or_path: 'stable-diffusion-v1-5/stable-diffusion-v1-5'
   tokenizer_repeats: 1
 
 data:

@@ -72,6 +72,11 @@ class Setup:
         }
         self.frozen["unet"] = {}
         self.key = jax.random.key(7)
+        self.compiled_gradient = jax.jit(
+            lambda trainable, frozen, batch, key: jax.grad(
+                lambda weights: step.loss(self.objective, weights, frozen, batch, key)
+            )(trainable)
+        )
 
     def batch(self, n: int, size: int = 4, shape=(4, 6)) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(n)
@@ -149,7 +154,7 @@ def test_twenty_steps_equal_a_pytorch_loop(prediction_type):
 
 
 def run(setup, mesh, batches, **options):
-    """Losses and final weights after one step for each entry of `batches`."""
+    """Losses and the final state after one step for each entry of `batches`."""
     first = [list(parts[:1]) for parts in batches[0]]
     programs, state, frozen, key = setup.programs(mesh, first, **options)
     losses = []
@@ -157,7 +162,7 @@ def run(setup, mesh, batches, **options):
         placed = jax.tree.map(lambda leaf: setup.put(mesh, leaf), parts)
         state, metrics = programs.step(state, frozen, key, placed)
         losses.append(np.asarray(metrics.losses).mean(axis=1))
-    return np.array(losses), jax.device_get(state.trainable["unet"])
+    return np.array(losses), state
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(4, 1), (2, 2)])
@@ -166,19 +171,17 @@ def test_layouts_of_devices_give_the_same_losses(data, fsdp):
     batches = [[[setup.batch(n)]] for n in range(5)]
     alone, _ = run(setup, one_device(), batches)
     mesh = meshes.make(data, fsdp, jax.devices()[:4])
-    together, _ = run(setup, mesh, batches)
+    together, state = run(setup, mesh, batches)
     np.testing.assert_allclose(together, alone, rtol=1e-5)
-    state = setup.programs(mesh, [[setup.batch(0)]])[1]
     split = [leaf for leaf in jax.tree.leaves(state) if not leaf.sharding.is_fully_replicated]
     assert bool(split) == (fsdp > 1)  # weights and both moments
     assert all(leaf.addressable_shards[0].data.size == leaf.size // fsdp for leaf in split)
 
 
 def gradient_of(setup, batch, key):
-    frozen, trainable = setup.frozen, jax.tree.map(jnp.asarray, setup.trainable)
-    return jax.jit(
-        lambda t: jax.grad(lambda w: step.loss(setup.objective, w, frozen, batch, key))(t)
-    )(trainable)["unet"]
+    """The gradient that JAX gives for one batch, without any of the trainer's machinery."""
+    gradient = setup.compiled_gradient
+    return gradient(setup.trainable, setup.frozen, batch, key)["unet"]
 
 
 def test_accumulated_data_sets_sum_their_weighted_gradients():
@@ -187,9 +190,10 @@ def test_accumulated_data_sets_sum_their_weighted_gradients():
     mesh = one_device()
     optimizer = optax.sgd(1.0)
     batches = [[setup.batch(0), setup.batch(1)], [setup.batch(2), setup.batch(3)]]
-    _, after = run(
+    _, state = run(
         setup, mesh, [batches], optimizer=optimizer, loss_weights=(1.0, 0.5), accumulation=2
     )
+    after = state.trainable["unet"]
     wanted = {name: jnp.zeros(value.shape) for name, value in setup.trainable["unet"].items()}
     for dataset, (weight, parts) in enumerate(zip((1.0, 0.5), batches, strict=True)):
         for part, batch in enumerate(parts):

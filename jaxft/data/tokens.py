@@ -1,9 +1,12 @@
 """Prompts to token ids: CLIP's tokenizer, in rows of 77."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is not installed
 from transformers import CLIPTokenizer
 
 from jaxft.errors import UserError
@@ -16,14 +19,14 @@ class Tokenizer:
     """The tokenizer of a model folder; any number of threads may encode at once."""
 
     def __init__(self, folder: Path):
-        """Reads `vocab.json`, `merges.txt` and the special tokens of the folder; no network.
+        """Reads `tokenizer.json`, or `vocab.json` and `merges.txt`, of the folder; no network.
 
         Raises:
             UserError: a file is missing or does not make a tokenizer.
         """
         # transformers makes a tokenizer of three tokens where the vocabulary is missing.
         missing = [n for n in ("vocab.json", "merges.txt") if not (folder / n).is_file()]
-        if missing:
+        if missing and not (folder / "tokenizer.json").is_file():
             raise UserError(f"{folder} is no tokenizer folder: it lacks {' and '.join(missing)}")
         try:
             tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)

@@ -92,7 +92,7 @@ def locate(name_or_path: str, revision: str | None = None, variant: str | None =
     if not is_hub_id or path.parent.is_dir():
         raise UserError(f"{name_or_path}: no such model folder (a hub model is named owner/name)")
     folder = _download(name_or_path, revision, variant)
-    if not all(_weights(folder, part, variant) for part in NETWORKS):
+    if not all(_weights(folder / part, STEMS[part], variant) for part in NETWORKS):
         _download(name_or_path, revision, None if variant else "fp16")
     return folder
 
@@ -135,7 +135,7 @@ def read(name_or_path: str, *, revision: str | None = None, variant: str | None 
     """
     folder = locate(name_or_path, revision, variant)
     configs, tokenizer = read_configs(folder), find_tokenizer(folder)
-    files = {part: _weights(folder, part, variant) for part in NETWORKS}
+    files = {part: _weights(folder / part, STEMS[part], variant) for part in NETWORKS}
     lacking = [_no_weights(folder / part, STEMS[part]) for part, file in files.items() if not file]
     if lacking:
         raise UserError("\n".join(lacking))
@@ -145,6 +145,19 @@ def read(name_or_path: str, *, revision: str | None = None, variant: str | None 
         part: _read(part, getattr(configs, part), file) for part, file in files.items() if file
     }
     return Model(**parts, scheduler=configs.scheduler, tokenizer=tokenizer, folder=folder)
+
+
+def read_component(folder: Path, part: str) -> Component:
+    """Reads one network (`unet`, `vae` or `text_encoder`) from a folder of its own.
+
+    Raises:
+        UserError: as `read`.
+    """
+    config = _read_json(folder / "config.json")
+    file = _weights(folder, STEMS[part], None)
+    if file is None:
+        raise UserError(_no_weights(folder, STEMS[part]))
+    return _read(part, config, file)
 
 
 def read_configs(folder: Path) -> Configs:
@@ -202,13 +215,12 @@ def find_tokenizer(folder: Path) -> Path:
     return path
 
 
-def _weights(folder: Path, part: str, variant: str | None) -> Path | None:
+def _weights(folder: Path, stem: str, variant: str | None) -> Path | None:
     """The file of a network's weights (or the index of its shards): the variant's, else any."""
-    stem = STEMS[part]
     for choice in dict.fromkeys([variant, None, "fp16"]):
         for name in _weight_patterns(stem, choice)[:2]:
-            if (folder / part / name).is_file():
-                return folder / part / name
+            if (folder / name).is_file():
+                return folder / name
     return None
 
 

@@ -1,0 +1,179 @@
+"""Groups, schedules and optimizers are PyTorch's and diffusers'."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from diffusers.optimization import get_cosine_schedule_with_warmup, get_scheduler
+
+from jaxft.errors import UserError
+from jaxft.tuning import optimizers
+from jaxft.tuning.groups import Group, assign
+
+NAMES = [
+    "conv_in.weight",
+    "down.0.attn.to_k.weight",
+    "down.0.attn.to_q.weight",
+    "down.0.resnets.0.conv1.weight",
+    "up.0.attn.to_k.weight",
+]
+
+# ------------------------------------------------------------------------------------- schedules
+
+
+def rates(schedule: Any, optimizer: torch.optim.Optimizer, total: int) -> list[float]:
+    """PyTorch's rate at each of `total` updates."""
+    found = []
+    for _ in range(total):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+@pytest.mark.parametrize("total", [1, 7, 100])
+@pytest.mark.parametrize("warmup", [0, 1, 5])
+@pytest.mark.parametrize("name", ["constant", "constant_with_warmup", "cosine", "linear"])
+def test_schedules_are_diffusers(name, warmup, total):
+    if warmup >= total:
+        pytest.skip("refused, see below")
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=3e-4)
+    theirs = rates(
+        get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total),
+        optimizer,
+        total,
+    )
+    ours = optimizers.schedule(name, 3e-4, warmup, total)
+    # float32, and a cosine near its zero: 1e-6 of the peak.
+    np.testing.assert_allclose([ours(n) for n in range(total)], theirs, rtol=1e-6, atol=3e-10)
+
+
+def test_options_of_a_schedule_are_diffusers():
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    wanted = get_cosine_schedule_with_warmup(optimizer, 5, 60, num_cycles=2.5)
+    theirs = rates(wanted, optimizer, 60)
+    ours = optimizers.schedule("cosine", 1.0, 5, 60, num_cycles=2.5)
+    np.testing.assert_allclose([ours(n) for n in range(60)], theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(2, 5), (30, 100), (99, 100)])
+@pytest.mark.parametrize("factors", [{}, {"div_factor": 10.0, "final_div_factor": 50.0}])
+def test_one_cycle_is_pytorchs(warmup, total, factors):
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    theirs = rates(
+        torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            max_lr=3e-4,
+            total_steps=total,
+            pct_start=warmup / total,
+            cycle_momentum=False,
+            **factors,
+        ),
+        optimizer,
+        total,
+    )
+    ours = optimizers.schedule("one_cycle", 3e-4, warmup, total, **factors)
+    np.testing.assert_allclose([ours(n) for n in range(total)], theirs, rtol=1e-5, atol=3e-10)
+
+
+@pytest.mark.parametrize("name", list(optimizers.SCHEDULES))
+def test_a_schedule_is_the_same_when_compiled(name):
+    rate = optimizers.schedule(name, 1e-3, 3, 20)
+    compiled = jax.jit(rate)
+    plain = [float(rate(jnp.asarray(n))) for n in range(20)]
+    fused = [compiled(jnp.asarray(n)) for n in range(20)]
+    np.testing.assert_allclose(fused, plain, rtol=1e-6, atol=1e-9)  # 1e-6 of the peak
+
+
+def test_mistakes_in_schedules_are_named():
+    with pytest.raises(UserError, match=r"train.scheduler.name: 'cosin'.* cosine"):
+        optimizers.schedule("cosin", 1e-3, 0, 10)
+    with pytest.raises(UserError, match=r"num_warmup_steps: 10 updates.* 10 updates"):
+        optimizers.schedule("linear", 1e-3, 10, 10)
+    with pytest.raises(UserError, match="scheduler_kwargs: linear does not take power"):
+        optimizers.schedule("linear", 1e-3, 0, 10, power=2)
+
+
+# ------------------------------------------------------------------------------------- optimizers
+
+RATES = {"slow": 1e-3, "fast": 1e-2}
+LABELS = {"unet": {"a": "slow", "b": "fast", "c": "fast"}}
+
+
+def trainable(rng) -> dict[str, dict[str, np.ndarray]]:
+    shapes = {"a": (3, 4), "b": (5,), "c": (2, 2, 2)}
+    return {"unet": {k: rng.standard_normal(s).astype(np.float32) for k, s in shapes.items()}}
+
+
+@pytest.mark.parametrize("options", [{}, {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.3}])
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+def test_two_groups_of_adamw_are_pytorchs(rng, options, max_norm):
+    ours: Any = trainable(rng)
+    theirs = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in ours["unet"].items()}
+    names = {group: [k for k, g in LABELS["unet"].items() if g == group] for group in RATES}
+    adamw = torch.optim.AdamW(
+        [{"params": [theirs[k] for k in names[group]], "lr": RATES[group]} for group in RATES],
+        **options,
+    )
+    transforms = {group: optimizers.adamw(lr, **options) for group, lr in RATES.items()}
+    optimizer = optimizers.grouped(LABELS, transforms, max_norm)
+    state = optimizer.init(ours)
+    for _ in range(20):
+        grads = trainable(rng)
+        updates, state = optimizer.update(grads, state, ours)
+        ours = optax.apply_updates(ours, updates)
+        for name, weight in theirs.items():
+            weight.grad = torch.tensor(grads["unet"][name])
+        if max_norm:
+            torch.nn.utils.clip_grad_norm_(list(theirs.values()), max_norm)
+        adamw.step()
+    for name, weight in theirs.items():
+        np.testing.assert_allclose(
+            np.asarray(ours["unet"][name]), weight.detach().numpy(), rtol=1e-5, atol=1e-6
+        )
+
+
+def test_every_trained_weight_has_two_moments_and_no_other_array_is_kept(rng):
+    weights = trainable(rng)
+    transforms = {group: optimizers.adamw(lambda step: 1e-3) for group in RATES}
+    state = optimizers.grouped(LABELS, transforms, 1.0).init(weights)
+    sizes = sorted(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
+    assert sizes == sorted(2 * [leaf.size for leaf in jax.tree.leaves(weights)])
+
+
+# ----------------------------------------------------------------------------------------- groups
+
+
+def group(number: int, *layers: str) -> Group:
+    return Group(f"unet.{number}", "unet", layers, 10.0**-number)
+
+
+def test_the_later_group_gets_a_weight_that_two_claim():
+    found = assign([group(0, ""), group(1, r"re:.*\.to_k$")], {"unet": NAMES})
+    wanted = {name: "unet.1" if "to_k" in name else "unet.0" for name in NAMES}
+    assert found.labels == {"unet": wanted}
+    assert found.notices == ["unet.1 takes 2 weights over from unet.0"]
+
+
+def test_weights_that_no_group_names_are_not_trained():
+    found = assign([group(0, "conv_in"), group(1, r"re:.*resnets$")], {"unet": NAMES})
+    assert found.labels == {"unet": {NAMES[0]: "unet.0", NAMES[3]: "unet.1"}}
+    assert not found.notices
+
+
+@pytest.mark.parametrize(
+    ("groups", "text"),
+    [
+        ([], "nothing is trained; add a group"),
+        ([group(0, "conv_in"), group(1, "")], "unet.0: later groups claim every weight of it"),
+        ([group(0, "conv_in", "con_in")], r"unet.0.layers: 'con_in' matches no layer.*'conv_in'"),
+        ([group(0, r"re:.*\.(to_k$")], r"unet.0.layers: .*is not a regular expression"),
+    ],
+)
+def test_groups_that_cannot_be_trained_are_named(groups, text):
+    with pytest.raises(UserError, match=text):
+        assign(groups, {"unet": NAMES})
