@@ -344,7 +344,6 @@ def test_second_start_compiles_in_a_third_of_the_time(recipe, tmp_path, monkeypa
             jax.config.update(name, value)
         compilation_cache.reset_cache()
     cold, warm = times
-    print(times)
     assert warm <= cold / 3
 
 

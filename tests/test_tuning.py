@@ -35,12 +35,9 @@ def rates(schedule: Any, optimizer: torch.optim.Optimizer, total: int) -> list[f
     return found
 
 
-@pytest.mark.parametrize("total", [1, 7, 100])
-@pytest.mark.parametrize("warmup", [0, 1, 5])
+@pytest.mark.parametrize(("warmup", "total"), [(0, 1), (0, 7), (1, 7), (5, 7), (0, 100), (5, 100)])
 @pytest.mark.parametrize("name", ["constant", "constant_with_warmup", "cosine", "linear"])
 def test_schedules_are_diffusers(name, warmup, total):
-    if warmup >= total:
-        pytest.skip("refused, see below")
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=3e-4)
     theirs = rates(
         get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total),
@@ -101,12 +98,12 @@ def test_mistakes_in_schedules_are_named():
 # ------------------------------------------------------------------------------------- optimizers
 
 RATES = {"slow": 1e-3, "fast": 1e-2}
-LABELS = {"unet": {"a": "slow", "b": "fast", "c": "fast"}}
+LABELS = {"unet": {"a": "slow", "b": "fast", "c": "fast", "large": "fast", "scalar": "slow"}}
 
 
 def trainable(rng) -> dict[str, dict[str, np.ndarray]]:
-    shapes = {"a": (3, 4), "b": (5,), "c": (2, 2, 2)}
-    return {"unet": {k: rng.standard_normal(s).astype(np.float32) for k, s in shapes.items()}}
+    shapes = {"a": (3, 4), "b": (5,), "c": (2, 2, 2), "large": (2, optimizers.SMALL), "scalar": ()}
+    return {"unet": {k: np.asarray(rng.standard_normal(s), np.float32) for k, s in shapes.items()}}
 
 
 @pytest.mark.parametrize("options", [{}, {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.3}])
@@ -141,8 +138,8 @@ def test_every_trained_weight_has_two_moments_and_no_other_array_is_kept(rng):
     weights = trainable(rng)
     transforms = {group: optimizers.adamw(lambda step: 1e-3) for group in RATES}
     state = optimizers.grouped(LABELS, transforms, 1.0).init(weights)
-    sizes = sorted(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
-    assert sizes == sorted(2 * [leaf.size for leaf in jax.tree.leaves(weights)])
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
+    assert moments == 2 * sum(leaf.size for leaf in jax.tree.leaves(weights))
 
 
 # ----------------------------------------------------------------------------------------- groups
