@@ -9,8 +9,11 @@ from jaxtyping import Array, Float
 
 from jaxft.models.layers import Identity, Linear
 
-QUERY_CHUNK = 512
-"""Queries whose scores are in memory at one time, [heads, 512, keys]."""
+SCORES_AT_ONCE = 2**22
+"""Scores in memory at one time, over batch, heads, queries and keys: what a CPU's cache holds."""
+
+SMALLEST_CHUNK = 128
+"""Queries that are taken together even if their scores are more than that."""
 
 
 def attend(
@@ -42,77 +45,90 @@ def _chunked(q: Array, k: Array, v: Array, causal: bool) -> Array:
     """Attention on [b, h, s, d] that holds one chunk of queries' scores at a time.
 
     Its gradient saves the log-sum-exp of each row and forms the scores again; Dao 2023,
-    FlashAttention-2 (https://arxiv.org/abs/2307.08691), eq. 4 and algorithm 2.
+    FlashAttention-2 (https://arxiv.org/abs/2307.08691), eq. 4 and algorithm 2. The layouts are
+    those in which every product reads its operands in order.
     """
     return _chunked_forward(q, k, v, causal)[0]
 
 
-def _scores(q: Array, k: Array, start: Array | int, causal: bool) -> Array:
-    """Scaled scores of a chunk of queries that begins at position `start`; float32."""
-    scores = jnp.einsum("bhsd,bhtd->bhst", q, k, preferred_element_type=jnp.float32)
-    scores = scores * (q.shape[-1] ** -0.5)
-    if causal:
-        positions = start + jnp.arange(q.shape[2])[:, None]
-        scores = jnp.where(jnp.arange(k.shape[2]) <= positions, scores, -jnp.inf)
-    return scores
+def _scores(q: Array, k_t: Array, start: Array | int, causal: bool) -> Array:
+    """Scores [b, h, s, t] of scaled queries from position `start` on, keys [b, h, d, t]."""
+    scores = _float32_einsum("bhsd,bhdt->bhst", q, k_t)
+    if not causal:
+        return scores
+    positions = start + jnp.arange(q.shape[2])[:, None]
+    return jnp.where(jnp.arange(k_t.shape[3]) <= positions, scores, -jnp.inf)
 
 
 def _chunked_forward(q: Array, k: Array, v: Array, causal: bool):
-    def one_chunk(chunk, start):
-        scores = _scores(chunk, k, start, causal)
+    q = q * q.shape[-1] ** -0.5
+    k_t = jnp.swapaxes(k, 2, 3)
+
+    def one_chunk(chunk: Array, start: Array | int) -> tuple[Array, Array]:
+        scores = _scores(chunk, k_t, start, causal)
         top = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - top)
         total = weights.sum(axis=-1, keepdims=True)
-        out = jnp.einsum("bhst,bhtd->bhsd", weights.astype(v.dtype), v) / total.astype(v.dtype)
-        return out, (top + jnp.log(total))[..., 0]
+        out = _float32_einsum("bhst,bhtd->bhsd", weights.astype(v.dtype), v) / total
+        return out.astype(v.dtype), (top + jnp.log(total))[..., 0]
 
-    chunks, starts = _split(q)
-    if chunks.shape[0] == 1:
+    size = _chunk_size(q, k)
+    if size == q.shape[2]:
         out, log_sum = one_chunk(q, 0)
     else:
-        out, log_sum = jax.lax.map(lambda c: one_chunk(*c), (chunks, starts))
+        out, log_sum = jax.lax.map(lambda chunk: one_chunk(*chunk), _split(q, size))
         out, log_sum = _join(out, q.shape[2]), _join(log_sum, q.shape[2])
     return out, (q, k, v, out, log_sum)
 
 
-def _chunked_backward(causal: bool, saved, grad: Array):
-    q, k, v, out, log_sum = saved
-    scale = q.shape[-1] ** -0.5
+def _chunked_backward(causal: bool, saved: tuple[Array, ...], grad: Array):
+    q, k, v, out, log_sum = saved  # q is scaled
+    k_t, v_t = jnp.swapaxes(k, 2, 3), jnp.swapaxes(v, 2, 3)
     delta = (grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)  # [b, h, s]
 
-    def one_chunk(carry, chunk):
+    def one_chunk(carry: tuple[Array, Array], chunk: tuple):
         q_c, grad_c, log_sum_c, delta_c, start = chunk
-        weights = jnp.exp(_scores(q_c, k, start, causal) - log_sum_c[..., None])
-        dweights = jnp.einsum("bhsd,bhtd->bhst", grad_c, v, preferred_element_type=jnp.float32)
-        dscores = (weights * (dweights - delta_c[..., None]) * scale).astype(q.dtype)
-        dq = jnp.einsum("bhst,bhtd->bhsd", dscores, k)
-        dk = carry[0] + _float32_einsum("bhst,bhsd->bhtd", dscores, q_c)
-        dv = carry[1] + _float32_einsum("bhst,bhsd->bhtd", weights.astype(v.dtype), grad_c)
-        return (dk, dv), dq
+        weights = jnp.exp(_scores(q_c, k_t, start, causal) - log_sum_c[..., None])
+        dweights = _float32_einsum("bhsd,bhdt->bhst", grad_c, v_t)
+        dscores = (weights * (dweights - delta_c[..., None])).astype(q.dtype)
+        weights = weights.astype(q.dtype)
+        dq = _float32_einsum("bhst,bhtd->bhsd", dscores, k)
+        dk_t = carry[0] + _float32_einsum("bhds,bhst->bhdt", jnp.swapaxes(q_c, 2, 3), dscores)
+        dv_t = carry[1] + _float32_einsum("bhds,bhst->bhdt", jnp.swapaxes(grad_c, 2, 3), weights)
+        return (dk_t, dv_t), dq
 
-    zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    q_chunks, starts = _split(q)
-    if q_chunks.shape[0] == 1:
-        (dk, dv), dq = one_chunk(zeros, (q, grad, log_sum, delta, 0))
+    sums = jnp.zeros(k_t.shape, jnp.float32), jnp.zeros(v_t.shape, jnp.float32)
+    size = _chunk_size(q, k)
+    if size == q.shape[2]:
+        sums, dq = one_chunk(sums, (q, grad, log_sum, delta, 0))
     else:
-        chunks = (q_chunks, _split(grad)[0], _split(log_sum)[0], _split(delta)[0], starts)
-        (dk, dv), dq = jax.lax.scan(one_chunk, zeros, chunks)
+        chunks, starts = _split(q, size)
+        rest = [_split(x, size)[0] for x in (grad, log_sum, delta)]
+        sums, dq = jax.lax.scan(one_chunk, sums, (chunks, *rest, starts))
         dq = _join(dq, q.shape[2])
-    return dq, dk.astype(k.dtype), dv.astype(v.dtype)
+    dk, dv = (jnp.swapaxes(x, 2, 3) for x in sums)
+    scale = q.shape[-1] ** -0.5
+    return (dq * scale).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
 _float32_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def _split(x: Array) -> tuple[Array, Array]:
-    """[b, h, s, …] -> ([chunks, b, h, chunk, …], start of each); the tail is filled with zeros."""
+def _chunk_size(q: Array, k: Array) -> int:
+    """Queries of one chunk: all, or a power of two."""
+    b, h, s, _ = q.shape
+    fitting = SCORES_AT_ONCE // (b * h * k.shape[2])
+    return s if fitting >= s else min(s, max(SMALLEST_CHUNK, 1 << fitting.bit_length() >> 1))
+
+
+def _split(x: Array, size: int) -> tuple[Array, Array]:
+    """[b, h, s, …] -> ([chunks, b, h, size, …], start of each); the tail is filled with zeros."""
     b, h, s = x.shape[:3]
-    chunk = min(s, QUERY_CHUNK)
-    count = -(-s // chunk)
-    x = jnp.pad(x, [(0, 0), (0, 0), (0, count * chunk - s)] + [(0, 0)] * (x.ndim - 3))
-    x = jnp.moveaxis(x.reshape(b, h, count, chunk, *x.shape[3:]), 2, 0)
-    return x, jnp.arange(count) * chunk
+    count = -(-s // size)
+    x = jnp.pad(x, [(0, 0), (0, 0), (0, count * size - s)] + [(0, 0)] * (x.ndim - 3))
+    x = jnp.moveaxis(x.reshape(b, h, count, size, *x.shape[3:]), 2, 0)
+    return x, jnp.arange(count) * size
 
 
 def _join(x: Array, s: int) -> Array:
