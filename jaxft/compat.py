@@ -79,7 +79,10 @@ def build(node: FrozenConfigDict | Mapping[str, Any], kind: str, where: str, **e
     ]
     if missing:
         raise UserError(f"{where}: {', '.join(missing)} must be given")
-    return function(**options, **extra)
+    try:
+        return function(**options, **extra)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _lookup(name: Any, kind: str, where: str) -> Callable[..., Any]:

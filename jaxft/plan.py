@@ -133,7 +133,10 @@ def _datasets(
         key = f"data.{name}.bucket"
         buckets = compat.build(options.bucket, "bucket", key, sizes=sizes)
         batch_size = options.batch_size * num_devices
-        plan = BatchPlan(buckets, batch_size, seed=config.seed, name=name, tail=options.tail)
+        try:
+            plan = BatchPlan(buckets, batch_size, seed=config.seed, name=name, tail=options.tail)
+        except UserError as error:
+            raise UserError(f"data.{name}: {error}") from None
         repeats = config.model.tokenizer_repeats
         datasets.append(
             Dataset(name, records, buckets, plan, tokenizer, repeats, options.loss_weight)

@@ -1,7 +1,7 @@
 """The vocabulary of arrays: what crosses a module's border has one of these types.
 
 Axes: b batch, h and w height and width (of latents or pixels as named), c channels,
-s text positions, d features.
+s positions of a sequence, t text positions, d features.
 """
 
 from jaxtyping import Array, Float, Int, UInt8
@@ -12,9 +12,12 @@ Params = dict[str, Array]
 Latents = Float[Array, "b h w c"]
 Moments = Float[Array, "b h w 2*c"]
 """Mean and log variance of latents, stacked on the last axis."""
+Features = Float[Array, "b _ _ _"]
+"""A feature map inside a network, NHWC, of any size and width."""
 Images = Float[Array, "b h w 3"]
 """Pixels in [-1, 1]."""
 Pixels = UInt8[Array, "b h w 3"]
 Timesteps = Int[Array, " b"]
-TokenIds = Int[Array, "b s"]
-TextStates = Float[Array, "b s d"]
+TokenIds = Int[Array, "b t"]
+TextStates = Float[Array, "b t d"]
+"""What the UNet attends to, one state for each text position."""

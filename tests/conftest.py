@@ -13,11 +13,17 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
 
-warnings.filterwarnings("ignore", module="diffusers|transformers|torch")
+import tests.typecheck  # noqa: E402, F401
+
+CHECKED = ["jaxft.models", "jaxft.step"]
+install_import_hook(CHECKED, "tests.typecheck.check")  # shapes and types, at every call
+
+warnings.filterwarnings("ignore", module="diffusers|transformers|torch|beartype")
 
 
 def randomise(module: Any, seed: int) -> Any:

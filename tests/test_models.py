@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -141,14 +142,15 @@ def test_remat_changes_no_gradient(policy, rng):
     }
     weights = dict(randomise(TorchUNet(**config), 0).state_dict())
     weights = {name: value.numpy() for name, value in weights.items()}
-    latents = rng.standard_normal((1, 4, 4, 4), np.float32)
-    text = rng.standard_normal((1, 7, 8), np.float32)
+    latents = jnp.asarray(rng.standard_normal((1, 4, 4, 4), np.float32))
+    text = jnp.asarray(rng.standard_normal((1, 7, 8), np.float32))
+    time = jnp.array([500])
 
     def gradient(remat):
         graphdef, _ = params.abstract(lambda: UNet2DConditionModel(config, remat))
 
         def loss(w):
-            return (params.bind(graphdef, w)(latents, np.array([500]), text) ** 2).mean()
+            return (params.bind(graphdef, w)(latents, time, text) ** 2).mean()
 
         lowered = jax.jit(jax.grad(loss)).lower(weights)
         return lowered.as_text().count("optimization_barrier"), lowered.compile()(weights)
@@ -168,12 +170,15 @@ def test_chunked_attention_equals_torch(monkeypatch, queries, keys, causal, rng)
         keys = queries
     monkeypatch.setattr(attention, "SCORES_AT_ONCE", 2**18)  # several chunks, the last not full
     q, k, v, g = (
-        rng.standard_normal((2, s, 3, 16), np.float32) for s in (queries, keys, keys, queries)
+        jnp.asarray(rng.standard_normal((2, s, 3, 16), np.float32))
+        for s in (queries, keys, keys, queries)
     )
     ours, pull = jax.vjp(lambda *x: attention.attend(*x, causal=causal), q, k, v)
-    leaves = [torch.tensor(x.transpose(0, 2, 1, 3), requires_grad=True) for x in (q, k, v)]
+    leaves = [
+        torch.tensor(np.asarray(x).transpose(0, 2, 1, 3), requires_grad=True) for x in (q, k, v)
+    ]
     wanted = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=causal)
-    wanted.backward(torch.tensor(g.transpose(0, 2, 1, 3)))
+    wanted.backward(torch.tensor(np.asarray(g).transpose(0, 2, 1, 3)))
     for mine, theirs in zip(
         (ours, *pull(g)), (wanted.detach(), *(x.grad for x in leaves)), strict=True
     ):

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 
@@ -175,7 +175,7 @@ class BatchPlan:
         ]
 
 
-def _raw(seed: int, name: str, epoch: int, use: str, count: int) -> Int[np.ndarray, " count"]:
+def _raw(seed: int, name: str, epoch: int, use: str, count: int) -> UInt[np.ndarray, " count"]:
     """Random 64-bit numbers, the same for ever: NumPy fixes bit generators, not its shuffles."""
     digest = hashlib.sha256(f"{seed}\n{name}\n{epoch}\n{use}".encode()).digest()
     return np.random.Philox(key=np.frombuffer(digest[:16], "<u8")).random_raw(count)

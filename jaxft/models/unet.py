@@ -19,7 +19,7 @@ from jaxft.models import options
 from jaxft.models.attention import Attention
 from jaxft.models.blocks import Downsample2D, ResnetBlock2D, Upsample2D
 from jaxft.models.layers import Conv2d, GroupNorm, Identity, LayerNorm, Linear
-from jaxft.shapes import Latents, TextStates, Timesteps
+from jaxft.shapes import Features, Latents, TextStates, Timesteps
 
 FREE: dict[str, Any] = {
     "in_channels": 4,
@@ -160,7 +160,7 @@ class Transformer2DModel(nnx.Module):
         )
         self.proj_out = projection(channels, channels)
 
-    def __call__(self, x: Latents, text: TextStates) -> Latents:
+    def __call__(self, x: Features, text: TextStates) -> Features:
         b, h, w, c = x.shape
         y = self.proj_in(self.norm(x)).reshape(b, h * w, c)
         for block in self.transformer_blocks:
@@ -190,7 +190,7 @@ class Level(nnx.Module):
         """The pairs (residual block, transformer) as functions of a feature map."""
 
         def pair(i: int) -> Callable:
-            def run(x: Latents) -> Latents:
+            def run(x: Features) -> Features:
                 x = call("resnet", lambda y: self.resnets[i](y, time), x)
                 if not self.has_attention or i >= len(self.attentions):
                     return x
@@ -226,7 +226,7 @@ class UNet2DConditionModel(nnx.Module):
 
     def __call__(
         self, sample: Latents, timesteps: Timesteps, encoder_hidden_states: TextStates
-    ) -> Latents:
+    ) -> Float[Array, "b h w out"]:
         """Latents [b, h, w, in] of any size, timesteps [b], text [b, s, d] -> [b, h, w, out]."""
         text = encoder_hidden_states.astype(sample.dtype)
         sinusoids = timestep_embedding(
@@ -254,8 +254,8 @@ class UNet2DConditionModel(nnx.Module):
         return (jax.checkpoint(function) if kind in self.recomputed else function)(*args)
 
     def _down(
-        self, level: Level, x: Latents, time: Array, text: TextStates
-    ) -> tuple[Latents, list[Latents]]:
+        self, level: Level, x: Features, time: Array, text: TextStates
+    ) -> tuple[Features, list[Features]]:
         outputs = []
         for block in level.blocks(self._call, time, text):
             x = block(x)
@@ -265,14 +265,14 @@ class UNet2DConditionModel(nnx.Module):
             outputs.append(x)
         return x, outputs
 
-    def _mid(self, x: Latents, time: Array, text: TextStates) -> Latents:
+    def _mid(self, x: Features, time: Array, text: TextStates) -> Features:
         for block in self.mid_block.blocks(self._call, time, text):
             x = block(x)
         return x
 
     def _up(
-        self, level: Level, x: Latents, skips: list, size: tuple, time: Array, text: TextStates
-    ) -> Latents:
+        self, level: Level, x: Features, skips: list, size: tuple, time: Array, text: TextStates
+    ) -> Features:
         for block, skip in zip(level.blocks(self._call, time, text), reversed(skips), strict=True):
             x = block(jnp.concatenate([x, skip], axis=-1))
         return level.upsamplers[0](x, size) if level.has_sampler else x

@@ -12,7 +12,7 @@ from jaxft.models import options
 from jaxft.models.attention import attend
 from jaxft.models.blocks import Downsample2D, ResnetBlock2D, Upsample2D
 from jaxft.models.layers import Conv2d, GroupNorm, Identity, Linear
-from jaxft.shapes import Images, Latents, Moments
+from jaxft.shapes import Features, Images, Latents, Moments
 
 EPS = 1e-6
 
@@ -46,7 +46,7 @@ class MidAttention(nnx.Module):
         self.to_v = Linear(channels, channels)
         self.to_out = nnx.List([Linear(channels, channels), Identity()])
 
-    def __call__(self, x: Latents) -> Latents:
+    def __call__(self, x: Features) -> Features:
         b, h, w, c = x.shape
         y = self.group_norm(x).reshape(b, h * w, c)
         q, k, v = (project(y)[:, :, None, :] for project in (self.to_q, self.to_k, self.to_v))
@@ -60,7 +60,7 @@ class MidBlock(nnx.Module):
         self.resnets = nnx.List([_resnet(channels, channels, groups) for _ in range(2)])
         self.attentions = nnx.List([MidAttention(channels, groups)])
 
-    def __call__(self, x: Latents) -> Latents:
+    def __call__(self, x: Features) -> Features:
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
@@ -72,7 +72,7 @@ class DownLevel(nnx.Module):
         samplers = [] if last else [Downsample2D(channels[1], (0, 1))]
         self.downsamplers = nnx.List(samplers)
 
-    def __call__(self, x: Latents) -> Latents:
+    def __call__(self, x: Features) -> Features:
         for layer in (*self.resnets, *self.downsamplers):
             x = layer(x)
         return x
@@ -85,7 +85,7 @@ class UpLevel(nnx.Module):
         self.resnets = _resnets(*channels, depth, groups)
         self.upsamplers = nnx.List([] if last else [Upsample2D(channels[1])])
 
-    def __call__(self, x: Latents) -> Latents:
+    def __call__(self, x: Features) -> Features:
         for resnet in self.resnets:
             x = resnet(x)
         for sampler in self.upsamplers:
@@ -94,7 +94,7 @@ class UpLevel(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Images to moments; every level but the last halves the size."""
+    """Features to moments; every level but the last halves the size."""
 
     def __init__(self, o: Any):
         widths, groups = o.block_out_channels, o.norm_num_groups
@@ -104,7 +104,7 @@ class Encoder(nnx.Module):
         self.conv_norm_out = GroupNorm(groups, widths[-1], EPS)
         self.conv_out = Conv2d(widths[-1], 2 * o.latent_channels, 3, padding=1)
 
-    def __call__(self, x: Images) -> Moments:
+    def __call__(self, x: Features) -> Features:
         x = self.conv_in(x)
         for level in self.down_blocks:
             x = level(x)
@@ -112,7 +112,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents to images; every level but the last doubles the size."""
+    """Features to images; every level but the last doubles the size."""
 
     def __init__(self, o: Any):
         widths, groups = o.block_out_channels[::-1], o.norm_num_groups
@@ -122,7 +122,7 @@ class Decoder(nnx.Module):
         self.conv_norm_out = GroupNorm(groups, widths[-1], EPS)
         self.conv_out = Conv2d(widths[-1], o.out_channels, 3, padding=1)
 
-    def __call__(self, x: Latents) -> Images:
+    def __call__(self, x: Features) -> Features:
         x = self.mid_block(self.conv_in(x))
         for level in self.up_blocks:
             x = level(x)
@@ -161,12 +161,12 @@ class AutoencoderKL(nnx.Module):
         self.quant_conv = Conv2d(2 * o.latent_channels, 2 * o.latent_channels, 1)
         self.post_quant_conv = Conv2d(o.latent_channels, o.latent_channels, 1)
 
-    def encode(self, images: Images) -> Moments:
+    def encode(self, images: Images) -> Float[Array, "b h8 w8 m"]:
         """Images [b, h, w, 3] in [-1, 1] -> mean and log variance [b, h/8, w/8, 8], unscaled."""
         mean, log_variance = jnp.split(self.quant_conv(self.encoder(images)), 2, axis=-1)
         return jnp.concatenate([mean, jnp.clip(log_variance, -30.0, 20.0)], axis=-1)
 
-    def decode(self, latents: Latents) -> Images:
+    def decode(self, latents: Latents) -> Float[Array, "b h8 w8 3"]:
         """Latents [b, h, w, 4] divided by the scaling factor -> images [b, 8h, 8w, 3]."""
         return self.decoder(self.post_quant_conv(latents))
 
@@ -176,7 +176,7 @@ def downsampling(config: Mapping[str, Any]) -> int:
     return 2 ** (len(config.get("block_out_channels", FREE["block_out_channels"])) - 1)
 
 
-def sample_latents(moments: Moments, noise: Float[Array, "b h w c"]) -> Latents:
+def sample_latents(moments: Moments, noise: Latents) -> Latents:
     """mean + std · noise: a draw from the encoder's distribution, unscaled."""
     mean, log_variance = jnp.split(moments, 2, axis=-1)
     return mean + jnp.exp(0.5 * log_variance) * noise
