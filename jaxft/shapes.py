@@ -10,8 +10,8 @@ Params = dict[str, Array]
 """Weights of one network: PyTorch's names to arrays in PyTorch's layouts."""
 
 Latents = Float[Array, "b h w c"]
-Moments = Float[Array, "b h w 2*c"]
-"""Mean and log variance of latents, stacked on the last axis."""
+Moments = Float[Array, "b h w m"]
+"""Mean and log variance of latents, stacked on the last axis: m = 2c."""
 Features = Float[Array, "b _ _ _"]
 """A feature map inside a network, NHWC, of any size and width."""
 Images = Float[Array, "b h w 3"]

@@ -65,7 +65,7 @@ def draw(key: Array, shape: tuple[int, ...], num_timesteps: int) -> Draws:
     )
 
 
-def batch_key(key: Array, step: Array | int, dataset: int, part: int) -> Array:
+def batch_key(key: Array, step: Array | int, dataset: int, part: Array | int) -> Array:
     """The key of one batch: data set number and part (of an accumulated step) within a step."""
     for number in (step, dataset, part):
         key = jax.random.fold_in(key, number)

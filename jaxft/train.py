@@ -6,6 +6,7 @@
 A run writes one folder; see `docs/`. Ctrl-C and SIGTERM save and end it (exit code 130 or 143).
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Generator, Sequence
@@ -28,6 +29,7 @@ from jaxft.compiled import Programs
 from jaxft.config import Config
 from jaxft.data import latents, loader
 from jaxft.data.loader import Dataset
+from jaxft.data.source import prompt
 from jaxft.errors import UserError
 from jaxft.lock import lock
 from jaxft.log import RunLog
@@ -85,10 +87,13 @@ def train(config: Config, notices: Sequence[str] = ()) -> int:
             log.message(plans.describe(plan))
             plan = _cached(plan)
             run = _to_devices(plan)
-            state = _start(run, checkpoints, start)
-            _compile(run, state, log)
-            code = _loop(run, state, folder, checkpoints, log, stop, start)
-    return code
+            state = _start(run, checkpoints, start, log)
+            if not stop.requested:
+                _compile(run, state, log)
+            if stop.requested:
+                log.message("stopped before the first step")
+                return 128 + stop.requested
+            return _loop(run, state, folder, checkpoints, log, stop, start)
 
 
 # -------------------------------------------------------------------------------------- set-up
@@ -204,15 +209,30 @@ def _to_devices(plan: Plan) -> Run:
     return Run(plan, programs, _placed(plan, frozen), key)
 
 
-def _start(run: Run, checkpoints: Checkpoints, start: int) -> TrainState:
-    """The state of a checkpoint, or of step 0."""
+def _start(run: Run, checkpoints: Checkpoints, start: int, log: RunLog) -> TrainState:
+    """The state of a checkpoint, or of step 0; says so if the data is not what it was."""
     weights = run.plan.model.unet.params
     chosen = {name: weights[name] for name in weights if name in run.plan.labels["unet"]}
     trainable = {"unet": params.cast(chosen, np.float32)}
     if not start:
         return run.programs.init(_placed(run.plan, trainable))
-    state, _ = checkpoints.restore(start, run.programs.state(trainable))
+    state, extra = checkpoints.restore(start, run.programs.state(trainable))
+    if extra["data"] != _fingerprint(run.plan):
+        log.message(
+            "notice    images, captions or buckets have changed since the checkpoint: the run "
+            "goes on with the new ones, in another order"
+        )
     return state
+
+
+def _fingerprint(plan: Plan) -> str:
+    """SHA-256 of all that the batches are made of."""
+    lines = [
+        f"{dataset.name} {dataset.plan.batch_size} {record.digest} {size} {prompt(record, 0)}"
+        for dataset in plan.datasets
+        for record, size in dataset.wanted
+    ]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _compile(run: Run, state: TrainState, log: RunLog) -> None:
@@ -251,7 +271,7 @@ def _loop(
 ) -> int:
     """Steps `start` to the end, or to the one in which the user asks to stop."""
     plan, every = run.plan, run.plan.config.train.save_step
-    numbers = Numbers(plan, log, start)
+    numbers, data = Numbers(plan, log, start), _fingerprint(plan)
     log.start()
     with (
         closing(checkpoints),
@@ -265,7 +285,7 @@ def _loop(
             last = step == plan.total_steps or stop.requested
             if last or step % every == 0:
                 numbers.flush()
-                checkpoints.save(step, state, {"images_per_step": plan.images_per_step})
+                checkpoints.save(step, state, {"data": data})
                 parts.write(step, state.trainable["unet"])
             if last:
                 break

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -188,6 +189,14 @@ def test_signals_save_and_end_a_run_that_can_go_on(recipe, unbroken, tmp_path, s
         argv = ["--resume", str(folder)]
     assert train.main(argv) == 0
     assert_same_end(folder, unbroken)
+
+
+def test_resume_says_that_the_data_has_changed(unbroken, tmp_path):
+    changed = "data.dataset1.source.data_source1.word_names.pt1=sks"
+    for overrides, says in (([], False), ([changed], True)):
+        folder = Path(shutil.copytree(unbroken, tmp_path / f"copy{len(overrides)}"))
+        assert train.main(["--resume", str(folder), "export=null", *overrides]) == 0
+        assert ("have changed since" in (folder / "train.log").read_text()) == says
 
 
 def test_order_of_images_depends_on_the_configuration_alone(recipe, tmp_path):

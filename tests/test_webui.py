@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from jaxft.formats import diffusers_folder, webui
 from jaxft.formats.diffusers_folder import NETWORKS, Model
 from jaxft.formats.sd15 import SD15
 from jaxft.formats.webui_names import names
+from jaxft.models.unet import UNet2DConditionModel
 from tests.test_formats import in_torch, same_bits
 
 PREFIX = "first_stage_model.encoder.mid.attn_1."
@@ -122,6 +124,30 @@ def test_diffusers_opens_the_webui_file(model, tiny_model, tiny_pipeline, tmp_pa
     for part in NETWORKS:
         theirs = in_torch(part, getattr(opened, part))
         assert same_bits(theirs, in_torch(part, getattr(tiny_pipeline, part)))
+
+
+def test_exports_compute_in_diffusers_what_they_compute_here(model, tiny_model, tmp_path, rng):
+    from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
+
+    latents = rng.standard_normal((1, 8, 8, 4), np.float32)
+    text = rng.standard_normal((1, 77, 32), np.float32)
+    graphdef, _ = params.abstract(lambda: UNet2DConditionModel(model.unet.config))
+    run = jax.jit(lambda weights, *inputs: params.bind(graphdef, weights)(*inputs))
+    ours = run(model.unet.params, latents, np.array([500]), text)
+    webui.write(tmp_path / "m.safetensors", model, "fp32")
+    diffusers_folder.write(tmp_path / "m", model)
+    options = {"local_files_only": True, "safety_checker": None}
+    for opened in (
+        StableDiffusionPipeline.from_single_file(
+            str(tmp_path / "m.safetensors"), config=str(tiny_model), **options
+        ),
+        StableDiffusionPipeline.from_pretrained(tmp_path / "m", **options),
+    ):
+        with torch.no_grad():
+            nchw = torch.tensor(latents.transpose(0, 3, 1, 2))
+            theirs = opened.unet(nchw, 500, torch.tensor(text)).sample.numpy()
+        theirs = theirs.transpose(0, 2, 3, 1)
+        np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
 
 
 def rewritten(model: Model, path: Path, change) -> Path:
