@@ -4,7 +4,7 @@ Axes: b batch, h and w height and width (of latents or pixels as named), c chann
 s positions of a sequence, t text positions, d features.
 """
 
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Num, UInt8
 
 Params = dict[str, Array]
 """Weights of one network: PyTorch's names to arrays in PyTorch's layouts."""
@@ -17,7 +17,8 @@ Features = Float[Array, "b _ _ _"]
 Images = Float[Array, "b h w 3"]
 """Pixels in [-1, 1]."""
 Pixels = UInt8[Array, "b h w 3"]
-Timesteps = Int[Array, " b"]
+Timesteps = Num[Array, " b"]
+"""Whole in training; between whole ones in some samplers."""
 TokenIds = Int[Array, "b t"]
 TextStates = Float[Array, "b t d"]
 """What the UNet attends to, one state for each text position."""

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -269,7 +270,7 @@ def test_a_weight_lands_on_its_tokens(tiny_model):
 def test_long_prompts_are_joined_rows(tiny_model):
     component = diffusers_folder.read(str(tiny_model)).text_encoder
     structure, _ = abstract(lambda: diffusers_folder.NETWORKS["text_encoder"](component.config))
-    text_encoder = bind(structure, component.params)
+    text_encoder = bind(structure, jax.tree.map(jnp.asarray, component.params))
     tokenizer = WeightedTokenizer(tiny_model / "tokenizer")
     ids = jnp.asarray(tokenizer.encode("a photo of " * 40, 2)[None])
     joined = np.asarray(encode_text(text_encoder, ids))
