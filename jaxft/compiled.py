@@ -91,13 +91,15 @@ class Programs:
             zeros = functools.partial(jax.tree.map, jnp.zeros_like, state.trainable)
             jobs["zeros"] = (jax.jit(zeros, out_shardings=where.trainable), ())
 
-        # Tracing holds the interpreter's lock; and in threads it is not the same every time, which
-        # the cache of compiled programs would not survive.
-        lowered = [function.lower(*args) for function, args in jobs.values()]
+        # Traced one after the other, in this thread: in threads the result is not the same every
+        # time, which the cache of compiled programs would not survive.
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            compiling = pool.map(lambda program: program.compile(), lowered)
-            built = tqdm(compiling, "compiling", len(jobs), unit="program")
-            self._compiled = dict(zip(jobs, built, strict=True))
+            compiling = {
+                name: pool.submit(function.lower(*args).compile)
+                for name, (function, args) in jobs.items()
+            }
+            bar = tqdm(compiling.items(), "compiling", len(jobs), unit="program")
+            self._compiled = {name: program.result() for name, program in bar}
 
     def step(
         self, state: TrainState, frozen: Weights, key: Array, batches: Sequence[Sequence[Batch]]
