@@ -152,13 +152,12 @@ def _source_options(options: Config) -> dict[str, Any]:
 
 
 def _truncated(dataset: Dataset) -> list[str]:
-    prompts = {source.prompt(record, 0) for record in dataset.records}
-    long = sum(not dataset.tokenizer.fits(prompt, dataset.repeats) for prompt in prompts)
-    if not long:
+    names = dataset.truncated
+    if not names:
         return []
     return [
-        f"data.{dataset.name}: {long} of {len(prompts)} prompts are cut at "
-        f"{75 * dataset.repeats} tokens; raise model.tokenizer_repeats"
+        f"data.{dataset.name}: the prompts of {len(names)} images are cut at "
+        f"{75 * dataset.repeats} tokens ({names[0]} …); raise model.tokenizer_repeats"
     ]
 
 
