@@ -1,4 +1,4 @@
-"""The compiled programs of a run: one gradient for every data set and shape, and one update.
+"""The compiled programs of a run: one gradient for every shape of batch, and one update.
 
 All are compiled before the first step, in threads; a call with another shape is an error, never a
 new compilation in the middle of a run.
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
@@ -77,13 +78,14 @@ class Programs:
             batches: of each data set, one batch of every shape (arrays or shapes).
         """
         total = state.trainable if self._adds_up else None
+        numbers = self._numbers(0, 0)
         where = jax.tree.map(lambda leaf: leaf.sharding, state)
         jobs: dict[Any, tuple[Any, tuple]] = {
-            (dataset, _signature(batch)): (
-                self._gradients(dataset, where.trainable),
-                (state.trainable, frozen, self._abstract(batch), key, state.step, 0, total),
+            _signature(batch): (
+                self._gradients(where.trainable),
+                (state.trainable, frozen, self._abstract(batch), *numbers, key, state.step, total),
             )
-            for dataset, shapes in enumerate(batches)
+            for shapes in batches
             for batch in shapes
         }
         jobs["update"] = (self._update(where), (state, state.trainable))
@@ -112,8 +114,10 @@ class Programs:
         losses: list[list[Array]] = [[] for _ in batches]
         for dataset, parts in enumerate(batches):
             for part, batch in enumerate(parts):
-                program = self._compiled[dataset, _signature(batch)]
-                value, total = program(state.trainable, frozen, batch, key, state.step, part, total)
+                program, numbers = self._compiled[_signature(batch)], self._numbers(dataset, part)
+                value, total = program(
+                    state.trainable, frozen, batch, *numbers, key, state.step, total
+                )
                 losses[dataset].append(value)
         state, norm = self._compiled["update"](state, total)
         return state, Metrics(losses, norm)
@@ -123,10 +127,14 @@ class Programs:
         sizes = [program.memory_analysis() for program in self._compiled.values()]
         return max(s.argument_size_in_bytes + s.temp_size_in_bytes for s in sizes if s is not None)
 
-    def _gradients(self, dataset: int, where: Any) -> Callable:
-        objective, factor = self._objective, self._factors[dataset]
+    def _numbers(self, dataset: int, part: int) -> tuple[Any, Any, Any]:
+        """What tells apart the data sets whose batches go through one program."""
+        return np.int32(dataset), np.int32(part), np.float32(self._factors[dataset])
 
-        def run(trainable, frozen, batch, key, step, part, total):
+    def _gradients(self, where: Any) -> Callable:
+        objective = self._objective
+
+        def run(trainable, frozen, batch, dataset, part, factor, key, step, total):
             key = steps.batch_key(key, step, dataset, part)
             return steps.gradients(objective, factor, trainable, frozen, batch, key, total)
 

@@ -3,8 +3,8 @@
 A batch is what `jaxft.data.loader` makes: `input_ids` int32 [b, r, 77], `weight` float32 [b], and
 `moments` float32 [b, h, w, 8] or `pixel_values` uint8 [b, 8h, 8w, 3].
 
-`gradients` is compiled once for every data set and shape, `update` once: a step calls `gradients`
-for each batch (several data sets, accumulation), adding up, then `update`.
+`gradients` is compiled once for every shape of batch, `update` once: a step calls `gradients` for
+each batch (several data sets, accumulation), adding up, then `update`.
 """
 
 from typing import Any, NamedTuple
@@ -65,7 +65,7 @@ def draw(key: Array, shape: tuple[int, ...], num_timesteps: int) -> Draws:
     )
 
 
-def batch_key(key: Array, step: Array | int, dataset: int, part: Array | int) -> Array:
+def batch_key(key: Array, step: Array | int, dataset: Array | int, part: Array | int) -> Array:
     """The key of one batch: data set number and part (of an accumulated step) within a step."""
     for number in (step, dataset, part):
         key = jax.random.fold_in(key, number)
@@ -105,7 +105,7 @@ def loss(
 
 def gradients(
     objective: Objective,
-    factor: float,
+    factor: Float[Array, ""] | float,
     trainable: Weights,
     frozen: Weights,
     batch: dict[str, Array],
