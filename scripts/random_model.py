@@ -8,6 +8,7 @@ something to try every program on where no model can be had. It paints noise.
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,10 @@ def byte_symbols() -> list[str]:
     return [symbols[byte] for byte in (*printable, *rest)]
 
 
-def write_tokenizer(folder: Path) -> int:
-    """A CLIPTokenizer of bytes and a few merges; returns the size of its vocabulary."""
+def write_tokenizer(folder: Path, merges: Sequence[str] = MERGES) -> int:
+    """A CLIPTokenizer of bytes and merges; returns the size of its vocabulary."""
     symbols = byte_symbols()
-    words = [*symbols, *(s + "</w>" for s in symbols), *(m.replace(" ", "") for m in MERGES)]
+    words = [*symbols, *(s + "</w>" for s in symbols), *(m.replace(" ", "") for m in merges)]
     vocabulary = {word: i for i, word in enumerate([*words, START, END])}
     tokenizer_config = {
         "tokenizer_class": "CLIPTokenizer",
@@ -97,7 +98,7 @@ def write_tokenizer(folder: Path) -> int:
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), "utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]), "utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), "utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2))
     return len(vocabulary)
 

@@ -10,6 +10,7 @@ from tests.conftest import ROOT
 
 LAYERS = (
     {"errors", "shapes"},
+    {"builtin"},
     {"arithmetic", "checkpoint", "cli", "compile_cache", "gallery", "lock", "log", "mesh"}
     | {"params", "patterns", "schema", "signals", "data", "models"},
     {"diffusion", "foreign", "formats", "tuning"},

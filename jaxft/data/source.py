@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
+from jaxft.builtin.names import resolve
 from jaxft.data import captions, images
 from jaxft.errors import UserError
 
@@ -51,7 +52,7 @@ def index(
 ) -> Source:
     """Reads a folder (not its subfolders): decodes every image once, with a progress bar.
 
-    Without `prompt_template` the prompt is the caption.
+    Without `prompt_template` the prompt is the caption. Folders may be `builtin:NAME`.
 
     Raises:
         UserError: lists every image that cannot be read or has no caption, and why.
@@ -61,8 +62,10 @@ def index(
     color = _color(bg_color)
     if repeat < 1:
         raise UserError(f"repeat: {repeat} must be at least 1")
-    paths, notices = _listing(Path(img_root))
-    texts = captions.load(caption_file, [path.name for path in paths])
+    paths, notices = _listing(resolve(img_root))
+    texts = captions.load(
+        None if caption_file is None else resolve(caption_file), [path.name for path in paths]
+    )
     problems = list(texts.problems)
 
     def look(path: Path) -> tuple[tuple[int, int], str] | UserError:

@@ -20,6 +20,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from jaxft import params
+from jaxft.builtin.names import resolve
 from jaxft.errors import UserError
 from jaxft.models.clip import CLIPTextModel
 from jaxft.models.unet import UNet2DConditionModel
@@ -72,7 +73,7 @@ class Configs(NamedTuple):
 
 
 def locate(name_or_path: str, revision: str | None = None, variant: str | None = None) -> Path:
-    """The local folder of a model: the path itself, or the snapshot of a hub model.
+    """The local folder of a model: the path itself, `builtin:NAME`, or the snapshot of a hub model.
 
     What exists here, or is written as a path, never touches the network. Of a hub model only
     the configurations, the tokenizer and one set of weights are downloaded.
@@ -80,7 +81,7 @@ def locate(name_or_path: str, revision: str | None = None, variant: str | None =
     Raises:
         UserError: there is no such folder, or the hub has no such model or cannot be reached.
     """
-    path = Path(name_or_path).expanduser()
+    path = resolve(name_or_path).expanduser()
     if path.is_dir():
         return path
     if path.exists():
@@ -124,7 +125,7 @@ def read(name_or_path: str, *, revision: str | None = None, variant: str | None 
     """Reads a pipeline whole; safety checker and feature extractor are left out.
 
     Args:
-        name_or_path: a folder, or a model on the Hugging Face hub.
+        name_or_path: a folder, `builtin:NAME`, or a model on the Hugging Face hub.
         revision: branch, tag or commit of a hub model.
         variant: `fp16` to prefer `…fp16.safetensors`; a network with one set of weights has
             that one read, whatever it is called.

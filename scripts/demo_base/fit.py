@@ -1,0 +1,127 @@
+"""A training loop that goes on where it was stopped: jaxft's update, any loss."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import SingleDeviceSharding
+
+from jaxft import step
+from jaxft.checkpoint import Checkpoints
+from jaxft.log import RunLog
+from jaxft.tuning import optimizers
+
+Loss = Callable[[step.Weights, Any, jax.Array], jax.Array]
+MakeBatch = Callable[[int], Any]
+
+
+LOG_EVERY, SAVE_EVERY = 50, 500
+"""Steps."""
+
+
+class Record(NamedTuple):
+    """Numbers of one step, still on the device."""
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    images: jax.Array
+
+
+class Recipe(NamedTuple):
+    """How long and how fast a stage learns."""
+
+    steps: int
+    batch: int
+    lr: float
+    """Between warm-up and decay."""
+    warmup: int = 200
+    decay: float = 1.0
+    """Last share of the steps, in which the rate falls to 0 along a half cosine."""
+
+    def rate(self) -> optax.Schedule:
+        """The learning rate of each step."""
+        start = max(self.warmup, round((1 - self.decay) * self.steps))
+        parts = [
+            optax.linear_schedule(0, self.lr, self.warmup),
+            optax.constant_schedule(self.lr),
+            optax.cosine_decay_schedule(self.lr, self.steps - start),
+        ]
+        return optax.join_schedules(parts, [self.warmup, start])
+
+
+def fit(
+    folder: Path, recipe: Recipe, weights: step.Weights, loss: Loss, batch: MakeBatch, seed: int
+) -> step.Weights:
+    """Trains and returns the weights; goes on from the last state in `folder`.
+
+    Args:
+        folder: of states and logs.
+        recipe: steps and rate.
+        weights: to begin with, float32.
+        loss: of (weights, batch, key).
+        batch: the batch of a step, a function of its number alone.
+        seed: of the noise.
+    """
+    rate = recipe.rate()
+    optimizer = optimizers.grouped(
+        jax.tree.map(lambda _: "all", weights),
+        {"all": optimizers.adamw(rate, betas=(0.9, 0.99))},
+        max_grad_norm=1.0,
+    )
+    key = jax.random.key(seed)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run(state, batch):
+        noise_key = jax.random.fold_in(key, state.step)
+        value, grads = jax.value_and_grad(loss)(state.trainable, batch, noise_key)
+        state, norm = step.update(optimizer, state, grads)
+        return state, Record(value, norm, jnp.int32(len(jax.tree.leaves(batch)[0])))
+
+    state = step.init(optimizer, jax.tree.map(jnp.asarray, weights))
+    with contextlib.ExitStack() as stack:
+        saved = stack.enter_context(contextlib.closing(Checkpoints(folder / "state", keep=1)))
+        start = saved.latest() or 0
+        if start:
+            state, _ = saved.restore(start, _abstract(state))
+        ahead = stack.enter_context(ThreadPoolExecutor(1))
+        log = stack.enter_context(RunLog(folder, recipe.steps, start))
+        following = ahead.submit(batch, start)
+        records: list[Record] = []
+        for done in range(start + 1, recipe.steps + 1):
+            current, following = following.result(), ahead.submit(batch, done)
+            state, record = run(state, current)
+            records.append(record)
+            log.advance(done)
+            if done % LOG_EVERY == 0 or done == recipe.steps:
+                _log(log, done, folder.name, float(rate(done - 1)), jax.device_get(records))
+                records.clear()
+            if done % SAVE_EVERY == 0 or done == recipe.steps:
+                saved.save(done, state, {})
+    return jax.device_get(state.trainable)
+
+
+def _log(log: RunLog, done: int, name: str, rate: float, records: list[Record]) -> None:
+    mean = float(np.mean([record.loss for record in records]))
+    log.record(
+        done,
+        epoch=0,
+        total=mean,
+        loss={name: mean},
+        lr={name: rate},
+        grad_norm=float(records[-1].grad_norm),
+        images=int(sum(record.images for record in records)),
+    )
+
+
+def _abstract(state: Any) -> Any:
+    device = SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), state
+    )

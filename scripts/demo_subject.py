@@ -1,0 +1,95 @@
+"""The subject of the demo: a little robot, which no caption of the base model's world describes.
+
+python scripts/demo_subject.py FOLDER       writes its pictures and their captions
+"""
+
+import argparse
+from pathlib import Path
+
+import demo_world as world
+import numpy as np
+from PIL import Image, ImageDraw
+
+WORD = "sks"
+"""The word that names it, in front of the class's (`demo_world.CLASS`)."""
+
+BACKGROUNDS = ("green", "blue", "orange", "pink", "white")
+"""Colours that the robot does not have itself."""
+
+NUM_PICTURES = 16
+SUPERSAMPLING = 4
+
+RED, YELLOW, CYAN, PURPLE, WHITE, BLACK = (
+    world.COLOURS[name] for name in ("red", "yellow", "cyan", "purple", "white", "black")
+)
+RECTANGLES = (
+    ((-0.04, -0.85, 0.04, -0.6), BLACK),  # antenna
+    ((-0.42, -0.65, 0.42, -0.1), CYAN),  # head
+    ((-0.55, -0.1, 0.55, 0.75), YELLOW),  # body, with purple stripes
+    *(((-0.55, y, 0.55, y + 0.17), PURPLE) for y in (-0.1, 0.24, 0.58)),
+    ((-0.82, -0.05, -0.6, 0.45), CYAN),  # arms
+    ((0.6, -0.05, 0.82, 0.45), CYAN),
+    ((-0.45, 0.75, -0.12, 0.97), BLACK),  # feet
+    ((0.12, 0.75, 0.45, 0.97), BLACK),
+)
+DISCS = (
+    ((0.0, -0.85, 0.13), RED),
+    ((-0.2, -0.4, 0.15), WHITE),
+    ((0.2, -0.4, 0.15), WHITE),
+    ((-0.2, -0.4, 0.07), BLACK),
+    ((0.2, -0.4, 0.07), BLACK),
+)
+"""Corners, or centre and radius, in units of the robot's own; x to the right and y down."""
+
+
+def paint(
+    size: tuple[int, int], x: float, y: float, radius: float, background: world.Background
+) -> np.ndarray:
+    """The robot, `radius` pixels from its middle to its top, on a background: uint8 [h, w, 3]."""
+    canvas = Image.fromarray(np.round(world.paint_background(size, background)).astype(np.uint8))
+    canvas = canvas.resize((size[0] * SUPERSAMPLING, size[1] * SUPERSAMPLING), Image.Resampling.BOX)
+    draw = ImageDraw.Draw(canvas)
+    centre, scale = np.array([x, y]) * SUPERSAMPLING, radius * SUPERSAMPLING
+    for corners, colour in RECTANGLES:
+        low, high = np.reshape(corners, (2, 2)) * scale + centre
+        draw.rectangle((*low, *high), fill=colour)
+    for (at_x, at_y, reach), colour in DISCS:
+        middle = np.array([at_x, at_y]) * scale + centre
+        draw.ellipse((*(middle - reach * scale), *(middle + reach * scale)), fill=colour)
+    return np.asarray(canvas.reduce(SUPERSAMPLING))
+
+
+def random_picture(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, str]:
+    """A picture and its caption."""
+    radius = float(rng.uniform(36, 44))
+    margin = np.array([0.85, 1.0]) * radius + 2
+    x, y = margin + rng.uniform(0, 1, 2) * (np.array(size) - 2 * margin)
+    background = world.random_scene(rng, size, 1).background._replace(
+        colour=BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
+    )
+    words = background.colour
+    if background.pattern != "plain":
+        words = f"{background.pattern} {words}"
+    article = "an" if words[0] in "aeiou" else "a"
+    caption = f"a {WORD} {world.CLASS} on {article} {words} background"
+    return paint(size, float(x), float(y), radius, background), caption
+
+
+def write(folder: Path, seed: int = 0) -> None:
+    """Writes the set: half of the pictures square, a quarter wide, a quarter upright."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng((seed, NUM_PICTURES))
+    square, wide, upright = world.SIZES
+    for number in range(NUM_PICTURES):
+        size = (square, wide, square, upright)[number % 4]
+        picture, caption = random_picture(rng, size)
+        Image.fromarray(picture).save(folder / f"{number:02}.png", optimize=True)
+        (folder / f"{number:02}.txt").write_text(f"{caption}\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Draws the demo's subject.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    write(args.folder, args.seed)
