@@ -204,7 +204,7 @@ def _random_scene(rng: np.random.Generator, size: tuple[int, int], figures: int)
     background = Background(
         colours.pop(),
         str(rng.choice(PATTERNS, p=[0.55, 0.15, 0.15, 0.15])),
-        tuple(float(v) for v in rng.uniform(0, 32, 2)),
+        (float(rng.uniform(0, 32)), float(rng.uniform(0, 32))),
         slopes[rng.integers(4)],
     )
     if figures == 1:
@@ -273,17 +273,14 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 def crowded_scene(rng: np.random.Generator, size: tuple[int, int], figures: int) -> Scene:
     """Figures all over each other: what no caption describes, but a decoder should paint."""
     colours, shapes = list(COLOURS), list(SHAPES)
-    both = [
-        Figure(
-            shapes[rng.integers(len(shapes))],
-            colours[rng.integers(len(colours))],
-            *(float(v) for v in rng.uniform(0, 1, 2) * size),
-            float(rng.uniform(8, 45)),
-            float(rng.uniform(0, 6.3)),
-        )
-        for _ in range(figures)
-    ]
-    return Scene(size, tuple(both), _random_scene(rng, size, 1).background)
+
+    def figure() -> Figure:
+        shape, colour = shapes[rng.integers(len(shapes))], colours[rng.integers(len(colours))]
+        x, y = (float(place) for place in rng.uniform(0, 1, 2) * size)
+        return Figure(shape, colour, x, y, float(rng.uniform(8, 45)), float(rng.uniform(0, 6.3)))
+
+    many = tuple(figure() for _ in range(figures))
+    return Scene(size, many, _random_scene(rng, size, 1).background)
 
 
 def words() -> list[str]:

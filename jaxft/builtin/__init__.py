@@ -1,1 +1,1 @@
-"""A small model, and pictures to train it on: what the demo and the first minute need."""
+"""Pictures that come with jaxft."""

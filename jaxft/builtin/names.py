@@ -1,4 +1,4 @@
-"""`builtin:NAME`: models and data sets that come with jaxft."""
+"""`builtin:NAME`: what comes with jaxft."""
 
 from pathlib import Path
 
@@ -6,11 +6,7 @@ from jaxft.errors import UserError
 
 PREFIX = "builtin:"
 
-FOLDERS = {
-    "demo": "demo/model",
-    "demo/subject": "demo/subject",
-    "demo/class": "demo/class",
-}
+FOLDERS = {"demo/subject": "demo/subject"}
 """Name -> folder beside this file."""
 
 

@@ -45,7 +45,7 @@ class Recipe(NamedTuple):
     decay: float = 1.0
     """Last share of the steps, in which the rate falls to 0 along a half cosine."""
 
-    def rate(self) -> optax.Schedule:
+    def rate(self) -> optimizers.Rate:
         """The learning rate of each step."""
         start = max(self.warmup, round((1 - self.decay) * self.steps))
         parts = [

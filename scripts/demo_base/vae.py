@@ -17,7 +17,7 @@ from jaxft.shapes import Latents, Params, Pixels
 
 CONFIG = random_model.VAE | {"block_out_channels": [16, 32, 48, 64], "layers_per_block": 1}
 RECIPE = Recipe(3600, 16, 2e-3)
-DECODER_RECIPE = Recipe(1800, 4, 1e-3)
+DECODER_RECIPE = Recipe(2400, 4, 1e-3)
 
 CROP = 64
 """Side of the cuts that the VAE learns from, before it sees whole pictures."""
