@@ -95,10 +95,10 @@ two figures) was never drawn.
 {rows}
 
 AdamW, a rate that falls along a half cosine, gradients clipped to 1;
-{sum(unet.NUM_SCENES.values())} pictures of {sizes} pixels for the UNet, {unet.NO_CAPTION:.0%} of them without their caption. The VAE learns
-from {vae.CROP}×{vae.CROP} cuts, then from whole pictures. Seed {seed}. Scaling factor
-{scaling_factor:.4f}, measured: latents have unit variance. Made in float32 with
-`python scripts/make_demo_base.py`; stored in float16.
+{sum(unet.NUM_SCENES.values())} pictures of {sizes} pixels for the UNet,
+{unet.NO_CAPTION:.0%} of them without their caption. The VAE learns from {vae.CROP}×{vae.CROP} cuts,
+then from whole pictures. Seed {seed}. Scaling factor {scaling_factor:.4f}, measured: latents have
+unit variance. Made in float32 with `python scripts/make_demo_base.py`; stored in float16.
 
 ## Measured
 
