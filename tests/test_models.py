@@ -8,25 +8,63 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL as TorchVAE
+from diffusers import ControlNetModel as TorchControlNet
 from diffusers import UNet2DConditionModel as TorchUNet
 from transformers import CLIPTextConfig
 from transformers import CLIPTextModel as TorchText
+from transformers import CLIPTextModelWithProjection as TorchTextWithProjection
 
 from jaxft import params
 from jaxft.errors import UserError
 from jaxft.models import attention
-from jaxft.models.clip import CLIPTextModel
-from jaxft.models.unet import REMAT, UNet2DConditionModel
+from jaxft.models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from jaxft.models.controlnet import ControlNetModel
+from jaxft.models.encoder import REMAT, Added
+from jaxft.models.unet import UNet2DConditionModel
 from jaxft.models.vae import AutoencoderKL
 from tests.conftest import randomise
 
 TOLERANCE = 1e-4  # of the output's scale: float32 sums in another order
-SMALL_UNET: dict[str, Any] = {
-    "block_out_channels": (32, 32, 64, 64),
-    "norm_num_groups": 16,
-    "cross_attention_dim": 24,
-    "attention_head_dim": 4,
+TINY: dict[str, Any] = {"norm_num_groups": 16, "cross_attention_dim": 24}
+XL: dict[str, Any] = {
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 20 + 6 * 8,
 }
+UNETS: dict[str, dict[str, Any]] = {
+    "sd1": {"block_out_channels": (32, 32, 64, 64), "attention_head_dim": 4},
+    "sd1 inpainting": {
+        "block_out_channels": (32, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": 4,
+        "in_channels": 9,
+    },
+    "sd2": {
+        "block_out_channels": (16, 32, 32, 64),
+        "attention_head_dim": (1, 2, 2, 4),
+        "use_linear_projection": True,
+        "upcast_attention": True,
+    },
+    "sdxl": XL
+    | {
+        "block_out_channels": (16, 32, 64),
+        "attention_head_dim": (1, 2, 4),
+        "transformer_layers_per_block": (1, 2, 3),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    },
+    "sdxl refiner": XL
+    | {
+        "block_out_channels": (16, 32, 64, 64),
+        "attention_head_dim": (1, 2, 4, 4),
+        "transformer_layers_per_block": 2,
+        "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 2, "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 2, "UpBlock2D"),
+    },
+}
+"""The families at small widths."""
 
 
 def bound(network, config, state):
@@ -47,22 +85,81 @@ def to_torch(nhwc: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(nhwc.transpose(0, 3, 1, 2).copy())
 
 
+def text_time(rng, kind):
+    """What SDXL is told besides the text, for PyTorch and for us; None for other families."""
+    if "addition_embed_type" not in UNETS[kind]:
+        return None, None
+    embeds = rng.standard_normal((2, 20), np.float32)
+    numbers = rng.uniform(0, 1024, (2, 6)).astype(np.float32)
+    theirs = {"text_embeds": torch.tensor(embeds), "time_ids": torch.tensor(numbers)}
+    return theirs, Added(jnp.asarray(embeds), jnp.asarray(numbers))
+
+
+def inputs(rng, size, channels=4):
+    """Latents, timesteps and text states."""
+    latents = rng.standard_normal((2, *size, channels), np.float32)
+    return latents, np.array([3, 777]), rng.standard_normal((2, 7, 24), np.float32)
+
+
 @pytest.fixture(scope="module")
-def unet():
-    theirs = randomise(TorchUNet(**SMALL_UNET), 0)
-    return theirs, *bound(UNet2DConditionModel, dict(theirs.config), theirs.state_dict())
+def unets():
+    """Family -> diffusers' UNet, our structure and weights; each made once."""
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            theirs = randomise(TorchUNet(**TINY | UNETS[kind]), 0)
+            weights = theirs.state_dict()
+            graphdef, weights = bound(UNet2DConditionModel, dict(theirs.config), weights)
+            run = jax.jit(lambda w, *args: params.bind(graphdef, w)(*args))
+            made[kind] = theirs, run, weights
+        return made[kind]
+
+    return make
 
 
-@pytest.mark.parametrize("size", [(8, 8), (9, 13), (8, 20)])
-def test_unet_equals_diffusers(unet, size, rng):
-    theirs, graphdef, weights = unet
-    latents = rng.standard_normal((2, *size, 4), np.float32)
-    text = rng.standard_normal((2, 7, 24), np.float32)
-    times = np.array([3, 777])
+@pytest.mark.parametrize(
+    ("kind", "size"), [("sd1", (8, 8)), ("sd1", (9, 13))] + [(kind, (8, 20)) for kind in UNETS]
+)
+def test_unet_equals_diffusers(unets, kind, size, rng):
+    theirs, run, weights = unets(kind)
+    latents, times, text = inputs(rng, size, theirs.config.in_channels)
+    their_added, added = text_time(rng, kind)
     with torch.no_grad():
-        wanted = theirs(to_torch(latents), torch.tensor(times), torch.tensor(text)).sample
-    ours = jax.jit(lambda w, *args: params.bind(graphdef, w)(*args))(weights, latents, times, text)
-    assert_same(ours, wanted)
+        wanted = theirs(
+            to_torch(latents),
+            torch.tensor(times),
+            torch.tensor(text),
+            added_cond_kwargs=their_added,
+        ).sample
+    assert_same(run(weights, latents, times, text, added), wanted)
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_controlnet_equals_diffusers(unets, kind, rng):
+    unet, run_unet, unet_weights = unets(kind)
+    theirs = TorchControlNet.from_unet(unet, conditioning_embedding_out_channels=(8, 16, 16, 32))
+    theirs = randomise(theirs, 1)
+    graphdef, weights = bound(ControlNetModel, dict(theirs.config), theirs.state_dict())
+    latents, times, text = inputs(rng, (8, 12))
+    image = rng.uniform(0, 1, (2, 64, 96, 3)).astype(np.float32)
+    their_added, added = text_time(rng, kind)
+    common = (to_torch(latents), torch.tensor(times), torch.tensor(text))
+    with torch.no_grad():
+        down, mid = theirs(
+            *common, to_torch(image), added_cond_kwargs=their_added, return_dict=False
+        )
+        wanted = unet(
+            *common,
+            added_cond_kwargs=their_added,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=mid,
+        ).sample
+    run = jax.jit(lambda w, *args: params.bind(graphdef, w)(*args))
+    residuals = run(weights, latents, times, text, image, added)
+    for ours, other in zip((*residuals.down, residuals.mid), (*down, mid), strict=True):
+        assert_same(ours, other)
+    assert_same(run_unet(unet_weights, latents, times, text, added, residuals), wanted)
 
 
 def test_vae_equals_diffusers(rng):
@@ -120,13 +217,84 @@ def test_text_encoder_equals_transformers(activation, end, rng):
     np.testing.assert_allclose(penultimate, wanted.hidden_states[-2].numpy(), atol=TOLERANCE)
 
 
-def test_true_sd15_unet_has_diffusers_keys_and_shapes():
+def test_projected_text_encoder_equals_transformers(rng):
+    config = CLIPTextConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=100,
+        projection_dim=20,
+        hidden_act="gelu",
+        bos_token_id=0,
+        eos_token_id=99,
+    )
+    theirs = randomise(TorchTextWithProjection(config), 0)
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act")
+    keys += ("num_attention_heads", "projection_dim", "eos_token_id")
+    state = {
+        name if name.startswith("text_") else f"text_model.{name}": value
+        for name, value in theirs.state_dict().items()
+    }
+    network, own = CLIPTextModelWithProjection, {key: getattr(config, key) for key in keys}
+    graphdef, weights = bound(network, own, state)
+    ids = rng.integers(1, 99, (2, 77))
+    ids[:, 30:] = 99
+    with torch.no_grad():
+        wanted = theirs(torch.tensor(ids), output_hidden_states=True)
+    states, embeds = jax.jit(lambda w, x: params.bind(graphdef, w)(x, 1, False))(weights, ids)
+    np.testing.assert_allclose(embeds, wanted.text_embeds.numpy(), atol=TOLERANCE)
+    np.testing.assert_allclose(states, wanted.hidden_states[-2].numpy(), atol=TOLERANCE)
+
+
+TRUE_UNETS: dict[str, tuple[int, dict[str, Any]]] = {
+    "sd1": (859_520_964, {"cross_attention_dim": 768}),
+    "sd1 inpainting": (859_535_364, {"cross_attention_dim": 768, "in_channels": 9}),
+    "sd2": (
+        865_910_724,
+        {
+            "cross_attention_dim": 1024,
+            "attention_head_dim": (5, 10, 20, 20),
+            "use_linear_projection": True,
+        },
+    ),
+    "sdxl": (
+        2_567_463_684,
+        {
+            **UNETS["sdxl"],
+            "block_out_channels": (320, 640, 1280),
+            "cross_attention_dim": 2048,
+            "attention_head_dim": (5, 10, 20),
+            "transformer_layers_per_block": (1, 2, 10),
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+    ),
+    "sdxl refiner": (
+        2_259_526_660,
+        {
+            **UNETS["sdxl refiner"],
+            "block_out_channels": (384, 768, 1536, 1536),
+            "cross_attention_dim": 1280,
+            "attention_head_dim": (6, 12, 24, 24),
+            "transformer_layers_per_block": 4,
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2560,
+        },
+    ),
+}
+"""Family -> number of parameters and configuration of the published UNet."""
+
+
+@pytest.mark.parametrize("kind", TRUE_UNETS)
+def test_true_unets_have_diffusers_keys_and_shapes(kind):
+    count, config = TRUE_UNETS[kind]
     with torch.device("meta"):
-        theirs = TorchUNet(cross_attention_dim=768)
+        theirs = TorchUNet(**config)
     _, shapes = params.abstract(lambda: UNet2DConditionModel(dict(theirs.config)))
     wanted = {name: tuple(value.shape) for name, value in theirs.state_dict().items()}
     assert {name: leaf.shape for name, leaf in shapes.items()} == wanted
-    assert params.count(shapes) == 859_520_964
+    assert params.count(shapes) == count
 
 
 @pytest.mark.parametrize("policy", [p for p in REMAT if p != "none"])
@@ -192,6 +360,9 @@ def test_chunked_attention_equals_torch(monkeypatch, queries, keys, causal, rng)
         (UNet2DConditionModel, "class_embed_type", "timestep"),
         (UNet2DConditionModel, "time_embedding_typo", 1),
         (UNet2DConditionModel, "down_block_types", ["AttnDownBlock2D"] * 4),
+        (UNet2DConditionModel, "addition_embed_type", "image"),
+        (ControlNetModel, "global_pool_conditions", True),
+        (ControlNetModel, "controlnet_conditioning_channel_order", "gbr"),
         (AutoencoderKL, "shift_factor", 0.1),
         (CLIPTextModel, "hidden_act", "relu6"),
     ],

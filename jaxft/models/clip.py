@@ -1,4 +1,4 @@
-"""transformers' `CLIPTextModel`: the text encoder of Stable Diffusion 1.x.
+"""transformers' `CLIPTextModel`, with and without projection: the text encoders.
 
 Radford et al. 2021 (https://arxiv.org/abs/2103.00020). Names are those of SD's files, which
 keep the prefix `text_model.`.
@@ -32,11 +32,12 @@ FREE: dict[str, Any] = {
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
     "eos_token_id": 49407,
+    "projection_dim": 512,
 }
 FIXED: dict[str, tuple] = {"model_type": ("clip_text_model",), "attention_dropout": (0.0,)}
 IGNORED = (
     "architectures", "bos_token_id", "dropout", "dtype", "initializer_factor",
-    "initializer_range", "pad_token_id", "projection_dim", "torch_dtype", "transformers_version",
+    "initializer_range", "pad_token_id", "torch_dtype", "transformers_version",
 )  # fmt: skip
 
 
@@ -122,10 +123,7 @@ class CLIPTextModel(nnx.Module):
     """
 
     def __init__(self, config: Mapping[str, Any]):
-        o = options.read("text_encoder", config, FREE, FIXED, IGNORED)
-        if o.hidden_act not in ACTIVATIONS:
-            choices = ", ".join(ACTIVATIONS)
-            raise UserError(f"text_encoder: hidden_act: {o.hidden_act!r} is not one of {choices}")
+        o = read_options(config)
         self.text_model = CLIPTextTransformer(o)
         self.eos_token_id = o.eos_token_id
 
@@ -159,3 +157,28 @@ class CLIPTextModel(nnx.Module):
         if self.eos_token_id == 2:
             return input_ids.argmax(axis=-1)
         return (input_ids == self.eos_token_id).argmax(axis=-1)
+
+
+class CLIPTextModelWithProjection(CLIPTextModel):
+    """The same with a projection of the pooled state: the second encoder of Stable Diffusion XL."""
+
+    def __init__(self, config: Mapping[str, Any]):
+        super().__init__(config)
+        o = read_options(config)
+        self.text_projection = Linear(o.hidden_size, o.projection_dim, bias=False)
+
+    def __call__(
+        self, input_ids: TokenIds, clip_skip: int = 0, final_norm: bool = True
+    ) -> tuple[TextStates, Float[Array, "b p"]]:
+        """As `CLIPTextModel`, the pooled state projected."""
+        states, pooled = super().__call__(input_ids, clip_skip, final_norm)
+        return states, self.text_projection(pooled)
+
+
+def read_options(config: Mapping[str, Any]) -> Any:
+    """The options of a text encoder; raises UserError for those that are not supported."""
+    o = options.read("text_encoder", config, FREE, FIXED, IGNORED)
+    if o.hidden_act not in ACTIVATIONS:
+        choices = ", ".join(ACTIVATIONS)
+        raise UserError(f"text_encoder: hidden_act: {o.hidden_act!r} is not one of {choices}")
+    return o
