@@ -23,21 +23,21 @@ RED, YELLOW, CYAN, PURPLE, WHITE, BLACK = (
     world.COLOURS[name] for name in ("red", "yellow", "cyan", "purple", "white", "black")
 )
 RECTANGLES = (
-    ((-0.04, -0.85, 0.04, -0.6), BLACK),  # antenna
+    ((-0.05, -0.85, 0.05, -0.6), BLACK),  # antenna
     ((-0.42, -0.65, 0.42, -0.1), CYAN),  # head
-    ((-0.55, -0.1, 0.55, 0.75), YELLOW),  # body, with purple stripes
-    *(((-0.55, y, 0.55, y + 0.17), PURPLE) for y in (-0.1, 0.24, 0.58)),
+    ((-0.55, -0.1, 0.55, 0.77), PURPLE),  # body, with a yellow stripe
+    ((-0.55, 0.19, 0.55, 0.48), YELLOW),
     ((-0.82, -0.05, -0.6, 0.45), CYAN),  # arms
     ((0.6, -0.05, 0.82, 0.45), CYAN),
-    ((-0.45, 0.75, -0.12, 0.97), BLACK),  # feet
-    ((0.12, 0.75, 0.45, 0.97), BLACK),
+    ((-0.48, 0.77, -0.1, 0.99), BLACK),  # feet
+    ((0.1, 0.77, 0.48, 0.99), BLACK),
 )
 DISCS = (
-    ((0.0, -0.85, 0.13), RED),
-    ((-0.2, -0.4, 0.15), WHITE),
-    ((0.2, -0.4, 0.15), WHITE),
-    ((-0.2, -0.4, 0.07), BLACK),
-    ((0.2, -0.4, 0.07), BLACK),
+    ((0.0, -0.84, 0.15), RED),
+    ((-0.2, -0.38, 0.17), WHITE),
+    ((0.2, -0.38, 0.17), WHITE),
+    ((-0.2, -0.38, 0.08), BLACK),
+    ((0.2, -0.38, 0.08), BLACK),
 )
 """Corners, or centre and radius, in units of the robot's own; x to the right and y down."""
 
@@ -61,7 +61,7 @@ def paint(
 
 def random_picture(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, str]:
     """A picture and its caption."""
-    radius = float(rng.uniform(36, 44))
+    radius = float(rng.uniform(38, 45))
     margin = np.array([0.85, 1.0]) * radius + 2
     x, y = margin + rng.uniform(0, 1, 2) * (np.array(size) - 2 * margin)
     background = world.random_scene(rng, size, 1).background._replace(

@@ -28,7 +28,7 @@ COLOURS = {
     "black": (22, 22, 22),
 }
 PATTERNS = ("plain", "striped", "dotted", "checkered")
-RADII = {"small": 17.0, "medium": 25.0, "large": 36.0}
+RADII = {"small": 20.0, "medium": 27.5, "large": 38.0}
 """Of a figure's circumscribed circle, in pixels."""
 
 SYNONYMS = {
@@ -141,11 +141,11 @@ def paint_background(size: tuple[int, int], background: Background) -> np.ndarra
     x, y = x + background.phase[0], y + background.phase[1]
     if background.pattern == "striped":
         across = background.slope[0] * x + background.slope[1] * y
-        distance = np.abs(across % 24 - 12) - 6
+        distance = np.abs(across % 40 - 20) - 10
     elif background.pattern == "dotted":
-        distance = 6 - np.hypot(x % 24 - 12, y % 24 - 12)
+        distance = 10 - np.hypot(x % 40 - 20, y % 40 - 20)
     elif background.pattern == "checkered":
-        a, b = np.abs(x % 32 - 16) - 8, np.abs(y % 32 - 16) - 8
+        a, b = np.abs(x % 48 - 24) - 12, np.abs(y % 48 - 24) - 12
         distance = np.sign(a * b) * np.minimum(np.abs(a), np.abs(b))
     else:
         distance = np.full_like(x, -1.0)
@@ -204,7 +204,7 @@ def _random_scene(rng: np.random.Generator, size: tuple[int, int], figures: int)
     background = Background(
         colours.pop(),
         str(rng.choice(PATTERNS, p=[0.55, 0.15, 0.15, 0.15])),
-        (float(rng.uniform(0, 32)), float(rng.uniform(0, 32))),
+        (float(rng.uniform(0, 240)), float(rng.uniform(0, 240))),
         slopes[rng.integers(4)],
     )
     if figures == 1:
@@ -214,7 +214,7 @@ def _random_scene(rng: np.random.Generator, size: tuple[int, int], figures: int)
     if size[0] != size[1]:  # side by side where the picture is wide, else one above the other
         relations = relations[:2] if size[0] > size[1] else relations[2:]
     relation = relations[rng.integers(len(relations))]
-    first, second = rng.uniform(0, 0.1), rng.uniform(0.9, 1)
+    first, second = rng.uniform(0, 0.08), rng.uniform(0.92, 1)
     if relation in ("right of", "below"):
         first, second = second, first
     places = [(first, rng.uniform(0.2, 0.8)), (second, rng.uniform(0.2, 0.8))]
@@ -228,7 +228,7 @@ def _random_scene(rng: np.random.Generator, size: tuple[int, int], figures: int)
 
 
 def _radius(rng: np.random.Generator, names: list[str]) -> float:
-    return RADII[names[rng.integers(len(names))]] * rng.uniform(0.93, 1.07)
+    return RADII[names[rng.integers(len(names))]] * rng.uniform(0.95, 1.05)
 
 
 def _figure(

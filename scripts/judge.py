@@ -41,7 +41,7 @@ MIN_OVERLAP = 0.75
 """Intersection over union from which on a figure is taken for a shape."""
 
 ROBOT_RADII = range(30, 50, 2)
-"""Pixels; `demo_subject` draws them from 36 to 44."""
+"""Pixels; `demo_subject` draws them from 38 to 45."""
 
 ROBOT_MARGIN = 12
 """Pixels by which a robot may stick out of the picture."""
@@ -50,14 +50,15 @@ MIN_LIKENESS = 0.7
 """Correlation from which on something has the robot's form; the base world stays below 0.5."""
 
 ROBOT_PARTS = (
-    (0.0, -0.85, 0.06, 0.06, "red"),
-    (0.0, -0.6, 0.3, 0.02, "cyan"),
-    (0.0, -0.18, 0.3, 0.04, "cyan"),
-    *((0.0, y, 0.4, 0.04, "purple") for y in (-0.015, 0.325, 0.665)),
-    *((0.0, y, 0.4, 0.04, "yellow") for y in (0.155, 0.495)),
+    (0.0, -0.84, 0.07, 0.07, "red"),
+    (0.0, -0.59, 0.3, 0.02, "cyan"),
+    (0.0, -0.16, 0.3, 0.03, "cyan"),
+    *((side, 0.2, 0.06, 0.15, "cyan") for side in (-0.71, 0.71)),
+    *((0.0, y, 0.4, 0.07, "purple") for y in (0.045, 0.625)),
+    (0.0, 0.335, 0.4, 0.07, "yellow"),
 )
 """Middle, half width and half height in the robot's units, and colour: ball, head above and below
-the eyes, stripes of the body."""
+the eyes, arms, stripes of the body."""
 
 LOOSELY = 38.0
 """Distance in CIELAB up to which a part has its colour: narrow ones mix with their neighbours."""

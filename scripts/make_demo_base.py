@@ -35,7 +35,7 @@ def make(work: Path, out: Path, seed: int) -> None:
         "text_encoder": unet.TEXT | {"vocab_size": tokenizer.vocab_size} | ids,
     }
     weights = unet.train(work, autoencoder, scaling_factor, tokenizer, configs, seed)
-    weights["vae"] = vae.polish(work / "decoder", autoencoder, seed)
+    weights["vae"] = autoencoder
     model = diffusers_folder.Model(
         **{
             name: diffusers_folder.Component(configs[name], weights[name])
@@ -56,7 +56,6 @@ def card(work: Path, seed: int, scaling_factor: float) -> str:
     stages = (
         ("VAE", "vae", vae.RECIPE),
         ("UNet and text encoder", "unet", unet.RECIPE),
-        ("decoder, alone", "decoder", vae.DECODER_RECIPE),
     )
     rows = "\n".join(
         f"| {title} | {recipe.steps} | {recipe.batch} | {recipe.lr} "
@@ -94,11 +93,11 @@ two figures) was never drawn.
 |---|---|---|---|---|
 {rows}
 
-AdamW, a rate that falls along a half cosine, gradients clipped to 1;
-{sum(unet.NUM_SCENES.values())} pictures of {sizes} pixels for the UNet,
-{unet.NO_CAPTION:.0%} of them without their caption. The VAE learns from {vae.CROP}×{vae.CROP} cuts,
-then from whole pictures. Seed {seed}. Scaling factor {scaling_factor:.4f}, measured: latents have
-unit variance. Made in float32 with `python scripts/make_demo_base.py`; stored in float16.
+Muon for matrices and kernels, AdamW for the rest; a rate that falls along a half cosine at the end;
+gradients clipped to 1. {sum(unet.NUM_SCENES.values())} pictures of {sizes} pixels
+for the UNet, {unet.NO_CAPTION:.0%} of them without their caption. Seed {seed}. Scaling factor
+{scaling_factor:.4f}, measured: latents have unit variance. Made in float32 with
+`python scripts/make_demo_base.py`; stored in float16.
 
 ## Measured
 
