@@ -106,6 +106,20 @@ def rng():
     return np.random.default_rng(0)
 
 
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """No network, and another working directory."""
+
+    import socket
+
+    def refuse(*_):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def nano_model(tiny_pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model like `tiny_model` whose UNet has two levels, so that a gradient compiles in a fifth

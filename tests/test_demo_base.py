@@ -61,6 +61,14 @@ def test_the_rate_rises_stays_and_falls_to_zero():
     assert all(np.diff(rates[80:]) <= 0)
 
 
+def test_the_rate_rises_again_at_a_restart():
+    both = Recipe(steps=300, batch=1, lr=0.5, warmup=10, decay=0.2, restarts=(100,)).rate()
+    first, second = (Recipe(steps, 1, 0.5, warmup=10, decay=0.2).rate() for steps in (100, 200))
+    wanted = [float(first(step)) for step in range(100)]
+    wanted += [float(second(step)) for step in range(200)]
+    assert [float(both(step)) for step in range(300)] == pytest.approx(wanted)
+
+
 def test_a_longer_run_begins_like_a_shorter_one():
     short, long = (Recipe(steps, 1, 0.5, decay=0.2).rate() for steps in (1000, 5000))
     assert [float(short(s)) for s in range(801)] == [float(long(s)) for s in range(801)]

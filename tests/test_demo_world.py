@@ -1,6 +1,5 @@
 """The world of the demo, its subject, and the names under which they come with the package."""
 
-import socket
 from pathlib import Path
 
 import demo_subject
@@ -14,18 +13,6 @@ from jaxft.data import source
 from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder
 from tests.conftest import ROOT
-
-
-@pytest.fixture
-def offline(tmp_path, monkeypatch):
-    """No network, and another working directory."""
-
-    def refuse(*_):
-        raise AssertionError("the network was asked")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize("name", names.FOLDERS)

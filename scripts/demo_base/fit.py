@@ -44,15 +44,22 @@ class Recipe(NamedTuple):
     """Between warm-up and decay."""
     warmup: int = 200
     decay: float = 1.0
-    """Last share of the steps, in which the rate falls to 0 along a half cosine."""
+    """Last share of a cycle's steps, in which the rate falls to 0 along a half cosine."""
+    restarts: tuple[int, ...] = ()
+    """Steps at which another cycle begins: the rate rises again."""
 
     def rate(self) -> optimizers.Rate:
         """The learning rate of each step."""
-        start = max(self.warmup, round((1 - self.decay) * self.steps))
+        ends = [*self.restarts, self.steps]
+        lengths = [end - start for start, end in zip([0, *self.restarts], ends, strict=True)]
+        return optax.join_schedules([self._cycle(length) for length in lengths], ends[:-1])
+
+    def _cycle(self, length: int) -> optimizers.Rate:
+        start = max(self.warmup, round((1 - self.decay) * length))
         parts = [
             optax.linear_schedule(0, self.lr, self.warmup),
             optax.constant_schedule(self.lr),
-            optax.cosine_decay_schedule(self.lr, self.steps - start),
+            optax.cosine_decay_schedule(self.lr, length - start),
         ]
         return optax.join_schedules(parts, [self.warmup, start])
 
