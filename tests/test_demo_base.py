@@ -1,5 +1,7 @@
 """The stages that train the demo's base model: stopping, rate, tokenizer."""
 
+from typing import Any
+
 import demo_world as world
 import jax
 import jax.numpy as jnp
@@ -103,12 +105,15 @@ def test_stacked_muon_is_muon_of_each_matrix(rng):
         for _ in range(2)
     )
     stacks = fitting.stacked(fitting.muon(0.1))
+    updates: Any
+    again: Any
     updates, state = stacks.update(grads, stacks.init(weights), weights)
     again, _ = stacks.update(grads, state, weights)
     for name, shape in shapes.items():
         matrix = (shape[0], -1)
         alone = optax.contrib.muon(0.1, consistent_rms=0.2)
         own, grad = weights[name].reshape(matrix), grads[name].reshape(matrix)
+        wanted: Any
         wanted, state = alone.update(grad, alone.init(own), own)
         np.testing.assert_allclose(updates[name].reshape(matrix), wanted, atol=1e-6)
         wanted, _ = alone.update(grad, state, own)
