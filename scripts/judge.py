@@ -55,7 +55,7 @@ ROBOT_PARTS = (
     (0.0, -0.16, 0.3, 0.03, "cyan"),
     *((side, 0.2, 0.06, 0.15, "cyan") for side in (-0.71, 0.71)),
     *((0.0, y, 0.4, 0.07, "purple") for y in (0.045, 0.625)),
-    (0.0, 0.335, 0.4, 0.07, "yellow"),
+    *((side, 0.335, 0.15, 0.07, "yellow") for side in (-0.3, 0.3)),
 )
 """Middle, half width and half height in the robot's units, and colour: ball, head above and below
 the eyes, arms, stripes of the body."""

@@ -137,7 +137,7 @@ def test_what_has_some_of_the_subject_is_not_the_subject(monkeypatch: pytest.Mon
     robot = subject.RECTANGLES, subject.DISCS
     plain = world.Background("blue", "plain")
     assert judge.shows_subject(subject.paint((128, 128), 64, 64, 40, plain))
-    body_of_one_colour = [part for part in robot[0] if part[1] != subject.PURPLE]
+    body_of_one_colour = [part for part in robot[0] if part[1] != subject.YELLOW]
     no_head = [part for part in robot[0] if part[0] != (-0.42, -0.65, 0.42, -0.1)]
     for rectangles, discs in ((body_of_one_colour, robot[1]), (no_head, robot[1][:1])):
         monkeypatch.setattr(subject, "RECTANGLES", rectangles)
