@@ -1,25 +1,30 @@
-"""`python -m jaxft.convert`: models between a diffusers folder and a webui's single file.
+"""`python -m jaxft.convert`: files of models and LoRAs from one form into another.
 
-to-webui   --model_path DIR --save_path FILE [--half]
-from-webui --model_path FILE --save_path DIR --config DIR
-verify A B      do diffusers' own loaders see the same model in both?
+to-webui      --model_path DIR --save_path FILE [--half]
+to-diffusers  --model_path FILE|DIR --save_path DIR [--config DIR]   (from-webui: the same)
+lora          --lora_path FILE [FILE] --model DIR --to kohya|peft|hcp --save_path PATH
+merge         --model_path DIR --save_path DIR [--part FILE[=ALPHA]] [--lora FILE[=ALPHA]]
+extract-lora  --base DIR --tuned DIR --rank N --save_path FILE
+inspect PATH  what a file or folder is
+verify A B    do diffusers' own loaders see the same model in both?
 """
 
 import argparse
-import json
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from tqdm import tqdm
+
+from jaxft import inspection, params, pickled, tensor_file, verify
 from jaxft.cli import run
 from jaxft.errors import UserError
-from jaxft.formats import diffusers_folder, webui
-from jaxft.formats.diffusers_folder import NETWORKS, Component, Model
-from jaxft.formats.sd15 import SD15
+from jaxft.formats import diffusers_folder, flax_folder, hcp, layout, lora, webui
+from jaxft.formats.diffusers_folder import Component, Model
 
-TOLERANCE = 1e-2
-"""Of an output's largest value: above what rounding the weights to half precision does."""
+PICKLED = (".ckpt", ".pt", ".pth", ".bin")
+LORA_FORMS = ("kohya", "peft", "hcp")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,16 +41,29 @@ def _parser() -> argparse.ArgumentParser:
     add_to_webui_arguments(command)
     command.set_defaults(run=to_webui)
 
-    command = commands.add_parser("from-webui", help="one safetensors file -> diffusers folder")
-    command.add_argument("--model_path", required=True, type=Path, help="webui file")
-    command.add_argument("--save_path", required=True, type=Path, help="folder to write")
-    command.add_argument(
-        "--config",
-        required=True,
-        help="diffusers folder (or hub model) of the same architecture, for what a webui file "
-        "lacks: configurations and tokenizer",
-    )
-    command.set_defaults(run=from_webui)
+    for name, what in (
+        ("to-diffusers", "anything -> diffusers folder"),
+        ("from-webui", "the same"),
+    ):
+        command = commands.add_parser(name, help=what)
+        command.add_argument(
+            "--model_path",
+            required=True,
+            type=Path,
+            help="webui file, .ckpt, folder with .bin weights, or folder of the Flax models",
+        )
+        command.add_argument("--save_path", required=True, type=Path, help="folder to write")
+        command.add_argument(
+            "--config",
+            help="diffusers folder (or hub model) of the same architecture, for what a single "
+            "file lacks: configurations and tokenizer",
+        )
+        command.set_defaults(run=to_diffusers)
+
+    _add_lora_commands(commands)
+    command = commands.add_parser("inspect", help="what a file or folder is")
+    command.add_argument("path", type=Path)
+    command.set_defaults(run=inspect)
 
     command = commands.add_parser("verify", help="compare two models in diffusers (needs torch)")
     command.add_argument("a", type=Path, metavar="A", help="diffusers folder or webui file")
@@ -53,11 +71,43 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--tolerance",
         type=float,
-        default=TOLERANCE,
+        default=verify.TOLERANCE,
         help="largest difference allowed, as a share of the output's largest value (%(default)s)",
     )
-    command.set_defaults(run=verify)
+    command.set_defaults(run=lambda args: verify.verify(args.a, args.b, args.tolerance))
     return parser
+
+
+def _add_lora_commands(commands: Any) -> None:
+    command = commands.add_parser("lora", help="a LoRA -> another form, rank and alpha kept")
+    command.add_argument("--lora_path", required=True, nargs="+", type=Path, help="file or files")
+    command.add_argument("--model", required=True, help="diffusers folder of its base model")
+    command.add_argument("--to", required=True, choices=LORA_FORMS, help="form to write")
+    command.add_argument(
+        "--save_path", required=True, type=Path, help="file (hcp: folder of one file a network)"
+    )
+    command.add_argument("--dtype", choices=params.DTYPES, help="precision (as it is)")
+    command.set_defaults(run=convert_lora)
+
+    command = commands.add_parser("merge", help="a model with parts and LoRAs merged in")
+    command.add_argument("--model_path", required=True, help="diffusers folder or hub model")
+    command.add_argument("--save_path", required=True, type=Path, help="folder to write")
+    for kind, what in (("part", "unet-N or text_encoder-N .safetensors"), ("lora", "LoRA file")):
+        command.add_argument(
+            f"--{kind}", action="append", default=[], metavar="FILE[=ALPHA]", help=what
+        )
+    command.add_argument("--base_model_alpha", type=float, default=0.0, help="W's share in parts")
+    command.add_argument("--layers", nargs="+", default="all", help="patterns of layers (all)")
+    command.add_argument("--dtype", choices=params.DTYPES, help="precision (as it is)")
+    command.set_defaults(run=merge)
+
+    command = commands.add_parser("extract-lora", help="the difference of two models as a LoRA")
+    command.add_argument("--base", required=True, help="diffusers folder, before training")
+    command.add_argument("--tuned", required=True, help="diffusers folder, after it")
+    command.add_argument("--rank", type=int, default=16, help="of each layer (%(default)s)")
+    command.add_argument("--save_path", required=True, type=Path, help="file, kohya's form")
+    command.add_argument("--dtype", choices=params.DTYPES, default="fp16", help="(%(default)s)")
+    command.set_defaults(run=extract_lora)
 
 
 def add_to_webui_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +123,7 @@ def add_to_webui_arguments(parser: argparse.ArgumentParser) -> None:
 def to_webui(args: argparse.Namespace) -> int:
     """Writes a diffusers folder as one file; weights keep their dtype unless `--half`."""
     path: Path = args.save_path
-    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+    if path.suffix in PICKLED:
         raise UserError(f"--save_path {path}: only safetensors is written; name it .safetensors")
     if path.suffix != ".safetensors":
         path = path.with_name(path.name + ".safetensors")
@@ -85,104 +135,154 @@ def to_webui(args: argparse.Namespace) -> int:
     return 0
 
 
-def from_webui(args: argparse.Namespace) -> int:
-    """Writes a webui file as a diffusers folder; weights keep their dtype."""
+def to_diffusers(args: argparse.Namespace) -> int:
+    """Writes whatever holds a model as a diffusers folder; weights keep their dtype."""
     diffusers_folder.check_replaceable(args.save_path)
-    like = diffusers_folder.locate(args.config)
-    configs = diffusers_folder.read_configs(like)
-    tokenizer = diffusers_folder.find_tokenizer(like)
-    weights = webui.read(args.model_path, configs)
-    parts = {part: Component(getattr(configs, part), getattr(weights, part)) for part in NETWORKS}
-    model = Model(**parts, scheduler=configs.scheduler, tokenizer=tokenizer, folder=like)
+    source: Path = args.model_path
+    if source.is_dir():
+        model = flax_folder.read(source) if flax_folder.is_one(source) else _with_pickles(source)
+    else:
+        model = _from_one_file(source, args.config)
     diffusers_folder.write(args.save_path, model, dtype=None)
+    print(f"wrote {args.save_path} ({model.family.title})")
+    return 0
+
+
+def _from_one_file(path: Path, like: str | None) -> Model:
+    """The model in a webui file, with configurations and tokenizers of the folder `like`."""
+    if like is None:
+        family = webui.detect(_tensors(path), str(path))
+        raise UserError(
+            f"{path}: this is a {family.title} in one file, which has neither configurations nor "
+            "tokenizer; name a diffusers folder that has them: --config FOLDER"
+        )
+    folder = layout.locate(like)
+    configs = diffusers_folder.read_configs(folder)
+    tokenizers = layout.find_tokenizers(folder)
+    stored = _tensors(path)
+    if found := webui.prediction(path, stored, configs.family):
+        kind, evidence = found
+        print(f"{path}: {configs.family.title}, predicts {kind}: so says {evidence}")
+        configs.scheduler["prediction_type"] = kind
+    weights = webui.from_tensors(stored, configs, str(path))
     if weights.ignored:
         print(f"left out {len(weights.ignored)} keys that are no weights:")
         print("\n".join(f"  {key}" for key in weights.ignored))
+    parts = {part: Component(configs.parts[part], own) for part, own in weights.parts.items()}
+    return Model(configs.family, parts, configs.scheduler, tokenizers, folder)
+
+
+def _tensors(path: Path) -> dict[str, Any]:
+    return pickled.read(path) if path.suffix in PICKLED else tensor_file.read(path)
+
+
+def _with_pickles(folder: Path) -> Model:
+    """The model in a diffusers folder, pickled weights (.bin) among its files or not."""
+    configs = diffusers_folder.read_configs(folder)
+    parts = {}
+    for part in configs.parts:
+        file = folder / part / f"{layout.PICKLES[part]}.bin"
+        stored = pickled.read(file) if file.is_file() else None
+        parts[part] = diffusers_folder.read_part(folder, part, configs, stored)
+    tokenizers = layout.find_tokenizers(folder)
+    return Model(configs.family, parts, configs.scheduler, tokenizers, folder)
+
+
+def convert_lora(args: argparse.Namespace) -> int:
+    """Writes LoRA files, one for each network or one for all, in another form."""
+    configs = diffusers_folder.read_configs(layout.locate(args.model))
+    joined: lora.Lora = {}
+    for path in args.lora_path:
+        for part, layers in lora.read(path, configs).items():
+            if part in joined:
+                raise UserError(f"--lora_path: {path} has layers of {part}, as a file before it")
+            joined[part] = layers
+    path: Path = args.save_path
+    if args.to == "hcp":
+        for part, layers in joined.items():
+            lora.write_hcp(path / f"{part}.safetensors", layers, args.dtype)
+    elif args.to == "peft":
+        lora.write_peft(path, joined, args.dtype)
+    else:
+        lora.write_kohya(path, joined, configs, args.dtype)
+    counts = ", ".join(f"{len(layers)} layers of {part}" for part, layers in joined.items())
+    print(f"wrote {path} ({counts})")
+    return 0
+
+
+def merge(args: argparse.Namespace) -> int:
+    """Writes a model with W ← base_model_alpha · W + alpha · V for parts, then LoRAs added."""
+    diffusers_folder.check_replaceable(args.save_path)
+    model = diffusers_folder.read(args.model_path)
+    for path, alpha in map(_with_alpha, args.part):
+        part = hcp.read_part(path)
+        name = _network_of(part, model, path)
+        merged = hcp.merge_part(
+            model.parts[name].params,
+            part,
+            alpha=alpha,
+            base_model_alpha=args.base_model_alpha,
+            layers=args.layers,
+            source=str(path),
+        )
+        model = model.replace(**{name: model.parts[name]._replace(params=merged)})
+    for path, alpha in map(_with_alpha, args.lora):
+        for name, layers in lora.read(path, model.configs).items():
+            component = model.parts[name]
+            chosen = lora.choose(layers, component.params, args.layers, str(path))
+            merged = lora.merge(component.params, chosen, alpha)
+            model = model.replace(**{name: component._replace(params=merged)})
+    diffusers_folder.write(args.save_path, model, args.dtype)
     print(f"wrote {args.save_path}")
     return 0
 
 
-def verify(args: argparse.Namespace) -> int:
-    """Runs both models in diffusers on the same inputs; 1 if an output differs by too much."""
+def _with_alpha(text: str) -> tuple[Path, float]:
+    """FILE or FILE=ALPHA."""
+    path, _, alpha = text.rpartition("=")
+    if not path:
+        return Path(text), 1.0
     try:
-        import diffusers
-        import torch  # noqa: F401
-        import transformers
-    except ImportError as error:
+        return Path(path), float(alpha)
+    except ValueError:
+        raise UserError(f"{text}: after '=' comes a number, as in FILE=0.7") from None
+
+
+def _network_of(part: Mapping[str, Any], model: Model, path: Path) -> str:
+    """The network that a part file's weights belong to."""
+    for name, component in model.parts.items():
+        if part.keys() <= component.params.keys():
+            return name
+    raise UserError(f"{path}: its weights are of no network of {model.folder}")
+
+
+def extract_lora(args: argparse.Namespace) -> int:
+    """Writes what training changed in UNet and text encoders, layer by layer, as a LoRA."""
+    base, tuned = (diffusers_folder.read(name) for name in (args.base, args.tuned))
+    if base.family != tuned.family:
         raise UserError(
-            f"verify compares in diffusers and PyTorch, and {error.name} is not installed: "
-            "pip install torch diffusers transformers accelerate"
-        ) from None
-    transformers.logging.set_verbosity_error()
-    diffusers.utils.logging.set_verbosity_error()
-    folder = next((path for path in (args.a, args.b) if path.is_dir()), None)
-    outputs = []
-    for path in (args.a, args.b):
-        if not path.exists():
-            raise UserError(f"{path}: no such file or folder")
-        with tempfile.TemporaryDirectory() as shipped:
-            outputs.append(_outputs(path, folder or _shipped(Path(shipped))))
-    print(f"{'output':<14}{'largest value':>16}{'largest difference':>22}{'share':>12}")
-    differs = False
-    for name, ours in outputs[0].items():
-        theirs = outputs[1][name]
-        if ours.shape != theirs.shape:
-            raise UserError(f"{name}: {tuple(ours.shape)} in A, {tuple(theirs.shape)} in B")
-        scale, difference = float(ours.abs().max()), float((ours - theirs).abs().max())
-        share = difference / scale if scale else difference
-        differs |= not share <= args.tolerance  # so that NaN differs
-        print(f"{name:<14}{scale:>16.4g}{difference:>22.4g}{share:>12.2e}")
-    print(f"{'different' if differs else 'the same'} (tolerance {args.tolerance:g})")
-    return int(differs)
+            f"{args.base} is a {base.family.title}, {args.tuned} a {tuned.family.title}"
+        )
+    found: lora.Lora = {}
+    for part, layers in lora.modules(base.configs).items():
+        before, after = (model.parts[part].params for model in (base, tuned))
+        params.check(after, before, args.tuned)
+        for module in tqdm(layers, f"{part}: singular values", unit="layer"):
+            pair = after[f"{module}.weight"], before[f"{module}.weight"]
+            if np.any(np.asarray(pair[0]) != np.asarray(pair[1])):
+                found.setdefault(part, {})[module] = lora.extract(*pair, args.rank)
+    if not found:
+        raise UserError(f"{args.tuned}: has the same layers as {args.base}")
+    lora.write_kohya(args.save_path, found, base.configs, args.dtype)
+    counts = ", ".join(f"{len(layers)} layers of {part}" for part, layers in found.items())
+    print(f"wrote {args.save_path} ({counts}, rank {args.rank})")
+    return 0
 
 
-def _shipped(folder: Path) -> Path:
-    """A folder of Stable Diffusion 1.5's configurations, for files that come without any."""
-    for name, config in SD15._asdict().items():
-        file = "scheduler_config.json" if name == "scheduler" else "config.json"
-        (folder / name).mkdir()
-        (folder / name / file).write_text(json.dumps(config), "utf-8")
-    index = diffusers_folder.model_index(SD15.unet, SD15.scheduler)
-    (folder / "model_index.json").write_text(json.dumps(index), "utf-8")
-    return folder
-
-
-def _outputs(path: Path, config: Path) -> dict[str, Any]:
-    """Outputs (torch tensors) of a model's networks on inputs that are the same every time."""
-    import torch
-
-    pipeline = _open(path, config)
-    unet, vae, text = pipeline.unet, pipeline.vae, pipeline.text_encoder
-    generator = torch.Generator().manual_seed(0)
-    sizes = text.config
-    states = torch.randn(1, 77, unet.config.cross_attention_dim, generator=generator)
-    latents = torch.randn(1, unet.config.in_channels, 16, 16, generator=generator)
-    images = torch.rand(1, vae.config.in_channels, 64, 64, generator=generator) * 2 - 1
-    small = torch.randn(1, vae.config.latent_channels, 8, 8, generator=generator)
-    length = (1, sizes.max_position_embeddings)
-    ids = torch.randint(sizes.vocab_size, length, generator=generator)
-    with torch.no_grad():
-        return {
-            "unet": unet(latents, 500, states).sample,
-            "vae encode": vae.encode(images).latent_dist.mean,
-            "vae decode": vae.decode(small).sample,
-            "text_encoder": text(ids).last_hidden_state,
-        }
-
-
-def _open(path: Path, config: Path) -> Any:
-    """The model as diffusers' own loaders see it, float32, without tokenizer."""
-    import torch
-    from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
-
-    options: dict[str, Any] = {"local_files_only": True, "safety_checker": None, "tokenizer": None}
-    options["dtype"] = torch.float32
-    try:
-        if path.is_dir():
-            return StableDiffusionPipeline.from_pretrained(path, **options)
-        return StableDiffusionPipeline.from_single_file(str(path), config=str(config), **options)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{path}: diffusers does not open it: {error}") from error
+def inspect(args: argparse.Namespace) -> int:
+    """Prints what a file or folder is."""
+    print("\n".join(inspection.lines(args.path)))
+    return 0
 
 
 if __name__ == "__main__":

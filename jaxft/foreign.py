@@ -24,6 +24,7 @@ IGNORED: dict[str, str] = {
     "data.*.att_mask_encode": "it has no effect in HCP-Diffusion either",
     "data.*.cache_path": "latents are kept in memory",
     "encoder_attention_mask": "the padding of a prompt is seen, as it is in training",
+    "merge.*.lora.*.dropout": "nothing is dropped while sampling",
     "interface": "images are written to save.out_dir",
     "offload": "parts of the model are not moved between devices",
     "infer_args.strength": "there is no image to begin from",
@@ -71,7 +72,7 @@ _PLAIN_MSE = _one_of(
 )
 _LOSS = "the loss is the mean squared error of what the model predicts"
 _COMPONENT = "the model's own is used"
-_MERGED = "only `part` is merged"
+_MERGED = "only `part` and `lora` are merged"
 
 REFUSED: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
     "text_encoder": (_NOTHING, "only layers of the UNet are trained"),
@@ -125,7 +126,8 @@ REFUSED: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
     "infer_args.eta": (_NOTHING, "samplers draw no noise of their own"),
     "merge.load_ema": (_NOTHING, _MERGED),
     "merge.plugin_cfg": (_NOTHING, _MERGED),
-    "merge.*.lora": (_NOTHING, _MERGED),
+    "merge.*.lora.*.alpha_auto_scale": (_one_of(True), "alpha is divided by the rank, as stored"),
+    "merge.*.lora.*.branch": (_NOTHING, "a LoRA has one branch"),
     "merge.*.plugin": (_NOTHING, _MERGED),
 }
 """Pattern -> (whether a value, beside its siblings, asks for no more than jaxft does; what it

@@ -1,12 +1,10 @@
 """A network's weights as one flat dict: PyTorch's names to arrays in PyTorch's layouts.
 
 Weights are data, modules are code: `abstract` says which weights a module has, `bind` joins a
-module with its weights inside a traced function, `load`, `check` and `save` are the way from and
-to safetensors files.
+module with its weights inside a traced function, `load` and `check` are the way from files.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,8 @@ import jax
 import ml_dtypes
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from jaxft import tensor_file
 from jaxft.errors import UserError
 from jaxft.shapes import Params
 
@@ -60,15 +57,7 @@ def load(path: Path) -> dict[str, np.ndarray]:
     """
     if ".index." in path.name and path.suffix == ".json":
         return {k: v for shard in _shards(path) for k, v in load(shard).items()}
-    try:
-        with safe_open(path, framework="np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path}: not a readable safetensors file ({error}); get the file again"
-        ) from None
+    return tensor_file.read(path)
 
 
 def _shards(index: Path) -> list[Path]:
@@ -80,26 +69,6 @@ def _shards(index: Path) -> list[Path]:
         if not isinstance(name, str) or Path(name).name != name:
             raise UserError(f"{index}: the shard {name!r} is no plain file name")
     return [index.parent / name for name in names]
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The text entries in a safetensors file's header."""
-    with safe_open(path, framework="np") as file:
-        return dict(file.metadata() or {})
-
-
-def save(path: Path, params: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file: all of it or nothing, under its final name."""
-    arrays = {name: np.ascontiguousarray(value) for name, value in params.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(arrays, temporary, metadata={"format": "pt"} | (metadata or {}))
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check(params: Mapping[str, Any], expected: Mapping[str, Any], source: str) -> None:

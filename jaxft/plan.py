@@ -73,13 +73,14 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
     model = diffusers_folder.read(
         options.pretrained_model_name_or_path, revision=options.revision, variant=options.variant
     )
+    diffusers_folder.check_text_to_image(model)
     factor = _rate_factor(config, mesh.size)
     named = [
         Group(f"unet.{name}", "unet", group.layers, group.lr * factor)
         for name, group in config.unet.items()
     ]
-    assignment = assign(named, {"unet": model.unet.params})
-    datasets, told = _datasets(config, Tokenizer(model.tokenizer), mesh.size)
+    assignment = assign(named, {"unet": model.parts["unet"].params})
+    datasets, told = _datasets(config, model, mesh.size)
     total_steps = _total_steps(config.train, datasets[0].num_batches)
     rates = _rates(config.train.scheduler, named, total_steps)
     transforms = {
@@ -117,9 +118,10 @@ def _check_counts(config: Config) -> None:
 
 
 def _datasets(
-    config: Config, tokenizer: Tokenizer, num_devices: int
+    config: Config, model: diffusers_folder.Model, num_devices: int
 ) -> tuple[list[Dataset], list[str]]:
     datasets, notices = [], []
+    tokenizers = [Tokenizer(folder) for folder in model.tokenizers.values()]
     for name, options in config.data.items():
         records = []
         for key, where in options.source.items():
@@ -139,7 +141,16 @@ def _datasets(
             raise UserError(f"data.{name}: {error}") from None
         repeats = config.model.tokenizer_repeats
         datasets.append(
-            Dataset(name, records, buckets, plan, tokenizer, repeats, options.loss_weight)
+            Dataset(
+                name,
+                records,
+                buckets,
+                plan,
+                tokenizers,
+                repeats,
+                options.loss_weight,
+                with_sizes=model.family.is_xl,
+            )
         )
         notices += _truncated(datasets[-1])
     return datasets, notices
@@ -220,9 +231,10 @@ def describe(plan: Plan) -> str:
 
 
 def _group_line(plan: Plan, group: Group) -> str:
+    unet = plan.model.parts["unet"].params
     names = [name for name, label in plan.labels["unet"].items() if label == group.name]
-    weights = params.count({name: plan.model.unet.params[name] for name in names})
-    total = params.count(plan.model.unet.params)
+    weights = params.count({name: unet[name] for name in names})
+    total = params.count(unet)
     return (
         f"{group.name:10}{weights:>13,} weights ({100 * weights / total:.1f} %) in "
         f"{len(names)} tensors, rate {group.lr:.3g}, layers {', '.join(map(repr, group.layers))}"

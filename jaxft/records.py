@@ -106,9 +106,9 @@ class Parts:
 def export(plan: Plan, trained: Params, folder: Path) -> Iterator[Path]:
     """Writes the finished model to `folder/export`, in the formats that the configuration names."""
     formats = plan.config.export or {}
-    weights = plan.model.unet.params | jax.device_get(trained)
-    unet = diffusers_folder.Component(plan.model.unet.config, weights)
-    model = plan.model._replace(unet=unet)
+    weights = plan.model.parts["unet"].params | jax.device_get(trained)
+    unet = plan.model.parts["unet"]._replace(params=weights)
+    model = plan.model.replace(unet=unet)
     target = folder / "export" / folder.name
     if formats.get("webui"):
         file = target.with_name(f"{target.name}.safetensors")

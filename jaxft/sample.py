@@ -20,8 +20,8 @@ from jaxft.diffusion import generate, scheduler_config
 from jaxft.diffusion.generate import Networks, Prompts
 from jaxft.diffusion.samplers import Table
 from jaxft.errors import UserError
-from jaxft.formats import diffusers_folder, hcp
-from jaxft.formats.diffusers_folder import NETWORKS, Component, Model
+from jaxft.formats import diffusers_folder, hcp, lora
+from jaxft.formats.diffusers_folder import Component, Model
 from jaxft.models import vae
 from jaxft.shapes import Latents
 
@@ -85,14 +85,13 @@ def sample(config: Config) -> None:
     steps = config.infer_args.num_inference_steps
     table = make_table(model, steps, config.new_components.scheduler)
     noise = make_noise(config, model, [request.seed for request in requests])
-    tokenizer = WeightedTokenizer(model.tokenizer)
-    _check_tokenizer(tokenizer, model)
-    _warn_of_cut(tokenizer, texts, config.N_repeats)
+    tokenizers = make_tokenizers(model)
+    _warn_of_cut(tokenizers[0], texts, config.N_repeats)
 
     out_dir = Path(config.save.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     number = gallery.next_number(out_dir)
-    batches = make_batches(texts, noise, config, tokenizer)
+    batches = make_batches(texts, noise, config, tokenizers)
     images = generate_images(model, table, batches, config)
     # The first image waits for the compiler: the bar stands at 0 meanwhile.
     progress = tqdm(images, total=len(requests), unit="image", desc="sampling")
@@ -147,18 +146,23 @@ def load_model(config: Config) -> Model:
     )
     for group in (config.merge or {}).values():
         network = MERGED[group.type]
-        component: Component = getattr(model, network)
+        component: Component = model.parts[network]
+        weights = component.params
         for part in group.part.values():
             weights = hcp.merge_part(
-                component.params,
+                weights,
                 hcp.read_part(Path(part.path)),
                 alpha=part.alpha,
                 base_model_alpha=group.base_model_alpha,
                 layers=part.layers,
                 source=part.path,
             )
-            component = component._replace(params=weights)
-        model = model._replace(**{network: component})
+        for item in group.lora.values():
+            layers = lora.read(Path(item.path), model.configs).get(network, {})
+            chosen = lora.choose(layers, weights, item.layers, item.path)
+            weights = lora.merge(weights, chosen, item.alpha)
+        component = component._replace(params=weights)
+        model = model.replace(**{network: component})
     return replace_components(model, config.new_components)
 
 
@@ -179,7 +183,7 @@ def replace_components(model: Model, new: Config) -> Model:
     prediction type is then the model's own, which no choice of sampler changes.
     """
     if new.vae:
-        model = model._replace(vae=compat.build(new.vae, "vae", "new_components.vae"))
+        model = model.replace(vae=compat.build(new.vae, "vae", "new_components.vae"))
     if new.scheduler:
         made = compat.build(new.scheduler, "sampler", "new_components.scheduler")
         own = {"prediction_type": model.scheduler.get("prediction_type", "epsilon")}
@@ -199,17 +203,13 @@ def make_noise(config: Config, model: Model, seeds: Sequence[int]) -> Latents:
     Raises:
         UserError: a size that the VAE cannot make, or a file of latents that does not fit.
     """
-    scale = vae.downsampling(model.vae.config)
+    scale = vae.downsampling(model.parts["vae"].config)
     width, height = config.infer_args.width, config.infer_args.height
     for key, size in (("width", width), ("height", height)):
         if size < scale or size % scale:
             raise UserError(f"infer_args.{key} must be a multiple of {scale}, not {size}")
-    channels = model.unet.config.get("in_channels", 4)
-    if channels != model.vae.config.get("latent_channels", 4):
-        raise UserError(
-            f"{model.folder}/unet: takes {channels} channels; only text-to-image models are "
-            "supported, no inpainting or depth models"
-        )
+    channels = model.parts["unet"].config.get("in_channels", 4)
+    diffusers_folder.check_text_to_image(model)
     if not config.infer_args.latents:
         return generate.initial_noise(seeds, height // scale, width // scale, channels)
     path, shape = config.infer_args.latents, (len(seeds), channels, height // scale, width // scale)
@@ -223,13 +223,24 @@ def make_noise(config: Config, model: Model, seeds: Sequence[int]) -> Latents:
     return jax.numpy.asarray(np.moveaxis(noise, 1, -1), jax.numpy.float32)
 
 
-def _check_tokenizer(tokenizer: WeightedTokenizer, model: Model) -> None:
-    embeddings = model.text_encoder.params["text_model.embeddings.token_embedding.weight"]
-    if tokenizer.vocab_size > len(embeddings):
-        raise UserError(
-            f"{model.tokenizer}: has {tokenizer.vocab_size} tokens, the text encoder knows "
-            f"{len(embeddings)}; they are of different models"
-        )
+def make_tokenizers(model: Model) -> list[WeightedTokenizer]:
+    """The tokenizers of the model's text encoders.
+
+    Raises:
+        UserError: one is unreadable, or has more tokens than its text encoder.
+    """
+    tokenizers = []
+    for part, folder in model.tokenizers.items():
+        tokenizer = WeightedTokenizer(folder)
+        weights = model.parts[part].params
+        embeddings = weights["text_model.embeddings.token_embedding.weight"]
+        if tokenizer.vocab_size > len(embeddings):
+            raise UserError(
+                f"{folder}: has {tokenizer.vocab_size} tokens, the text encoder knows "
+                f"{len(embeddings)}; they are of different models"
+            )
+        tokenizers.append(tokenizer)
+    return tokenizers
 
 
 def _warn_of_cut(
@@ -244,17 +255,19 @@ def make_batches(
     texts: Sequence[tuple[WeightedText, WeightedText]],
     noise: Latents,
     config: Config,
-    tokenizer: WeightedTokenizer,
+    tokenizers: Sequence[WeightedTokenizer],
 ) -> Iterator[tuple[Prompts, Prompts, Latents]]:
     """Arguments of the program, `bs` images at a time: prompts, negative prompts, noise."""
     is_weighted = any(weight != 1 for pair in texts for side in pair for weight in side.weights)
 
     def encode(side: Sequence[WeightedText]) -> Prompts:
-        pairs = [tokenizer.encode_weighted(text, config.N_repeats) for text in side]
-        input_ids, weights = (
-            jax.numpy.asarray(np.stack(column)) for column in zip(*pairs, strict=True)
-        )
-        return Prompts(input_ids, weights if is_weighted else None)
+        def rows(tokenizer: WeightedTokenizer) -> list[np.ndarray]:
+            pairs = (tokenizer.encode_weighted(text, config.N_repeats) for text in side)
+            return [np.stack(column) for column in zip(*pairs, strict=True)]
+
+        input_ids, weights = zip(*map(rows, tokenizers), strict=True)
+        # The weights are of the words: for every tokenizer the same.
+        return Prompts(tuple(input_ids), weights[0] if is_weighted else None)
 
     for start in range(0, len(texts), config.bs):
         part = slice(start, start + config.bs)
@@ -269,28 +282,25 @@ def generate_images(
     config: Config,
 ) -> Iterator[tuple[np.ndarray, bool]]:
     """Each image [h, w, 3] uint8, and whether all of its numbers were finite."""
-    structures = Networks(
-        **{
-            name: params.abstract(lambda n=name: NETWORKS[n](getattr(model, n).config))[0]
-            for name in NETWORKS
-        }
-    )
-    dtype = params.DTYPES[config.dtype]
+    dtype, parts, family = params.DTYPES[config.dtype], model.parts, model.family
+    graphdefs = {
+        name: params.abstract(lambda n=network, c=parts[name].config: n(c))[0]
+        for name, network in family.networks.items()
+    }
+    encoders = family.text_encoders
+    clip_skip, final_norm = family.text_layer(config.clip_skip, config.clip_final_norm)
     program = generate.program(
-        structures,
-        scaling_factor=model.vae.config.get("scaling_factor", 0.18215),
-        clip_skip=config.clip_skip,
-        final_norm=config.clip_final_norm,
+        Networks(graphdefs["unet"], graphdefs["vae"], tuple(graphdefs[name] for name in encoders)),
+        scaling_factor=parts["vae"].config.get("scaling_factor", 0.18215),
+        clip_skip=clip_skip,
+        final_norm=final_norm,
         dtype=dtype,
     )
-    held = Networks(
-        unet=model.unet.params, vae=model.vae.params, text_encoder=model.text_encoder.params
-    )
+    held = {name: part.params for name, part in parts.items()}
     if not config.amp:
-        held = held._replace(
-            unet=params.cast(held.unet, dtype), text_encoder=params.cast(held.text_encoder, dtype)
-        )
-    weights = jax.device_put(held)
+        held |= {name: params.cast(held[name], dtype) for name in ("unet", *encoders)}
+    texts = tuple(held[name] for name in encoders)
+    weights = jax.device_put(Networks(held["unet"], held["vae"], texts))
     scale = float(config.infer_args.guidance_scale)
     for positive, negative, noise in batches:
         prompts = generate.guided_by(scale, negative, positive)

@@ -1,7 +1,8 @@
 """One step of training, as pure functions.
 
-A batch is what `jaxft.data.loader` makes: `input_ids` int32 [b, r, 77], `weight` float32 [b], and
-`moments` float32 [b, h, w, 8] or `pixel_values` uint8 [b, 8h, 8w, 3].
+A batch is what `jaxft.data.loader` makes: `input_ids` int32 [b, r, 77] (and `input_ids_2` for a
+second text encoder), `weight` float32 [b], `moments` float32 [b, h, w, 8] or `pixel_values` uint8
+[b, 8h, 8w, 3], and for Stable Diffusion XL `time_ids` float32 [b, 6].
 
 `gradients` is compiled once for every shape of batch, `update` once: a step calls `gradients` for
 each batch (several data sets, accumulation), adding up, then `update`.
@@ -18,10 +19,15 @@ from jaxtyping import Array, Float, Int
 from jaxft import params
 from jaxft.diffusion import conditioning, losses, schedule
 from jaxft.models import vae
+from jaxft.models.encoder import Added
 from jaxft.shapes import Latents, Params, Pixels, Timesteps
 
 Weights = dict[str, Params]
 """Network (`unet`, `vae`, `text_encoder`) -> its weights, or some of them."""
+
+
+TEXT_INPUTS = {"text_encoder": "input_ids", "text_encoder_2": "input_ids_2"}
+"""Text encoder -> its token ids in a batch."""
 
 
 class TrainState(NamedTuple):
@@ -91,14 +97,16 @@ def loss(
     draws = draw(key, shape, len(noising.alphas_cumprod))
     latents = vae.sample_latents(moments, draws.latent_noise) * objective.scaling_factor
     noisy = schedule.add_noise(noising, latents, draws.noise, draws.timesteps)
-    text = conditioning.encode_text(
-        params.bind(nets["text_encoder"], weights["text_encoder"]),
-        batch["input_ids"],
+    encoders = [name for name in TEXT_INPUTS if name in nets]
+    text, pooled = conditioning.encode_text(
+        [params.bind(nets[name], weights[name]) for name in encoders],
+        [batch[TEXT_INPUTS[name]] for name in encoders],
         clip_skip=objective.clip_skip,
         final_norm=objective.clip_final_norm,
     )
+    added = Added(pooled, batch["time_ids"]) if "time_ids" in batch else None
     unet = params.bind(nets["unet"], weights["unet"])
-    predicted = unet(noisy.astype(objective.dtype), draws.timesteps, text)
+    predicted = unet(noisy.astype(objective.dtype), draws.timesteps, text, added)
     wanted = schedule.target(noising, latents, draws.noise, draws.timesteps)
     return losses.weighted_mean_squared_error(predicted, wanted, batch["weight"])
 

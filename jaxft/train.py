@@ -33,8 +33,6 @@ from jaxft.data.source import prompt
 from jaxft.errors import UserError
 from jaxft.lock import lock
 from jaxft.log import RunLog
-from jaxft.models.clip import CLIPTextModel
-from jaxft.models.unet import UNet2DConditionModel
 from jaxft.models.vae import AutoencoderKL
 from jaxft.params import abstract
 from jaxft.plan import Plan
@@ -150,9 +148,9 @@ def _cached(plan: Plan) -> Plan:
     cached = [d for d in plan.datasets if plan.config.data[d.name].cache_latents]
     if not cached:
         return plan
-    graphdef, _ = abstract(lambda: AutoencoderKL(plan.model.vae.config))
+    graphdef, _ = abstract(lambda: AutoencoderKL(plan.model.parts["vae"].config))
     where = meshes.batch_sharding(plan.mesh)
-    weights = _placed(plan, {"vae": params.cast(plan.model.vae.params, np.float32)})["vae"]
+    weights = _placed(plan, {"vae": params.cast(plan.model.parts["vae"].params, np.float32)})["vae"]
     encode = jax.jit(lambda w, pixels: steps.encode_pixels(graphdef, w, pixels))
     store = latents.cache(
         [wanted for dataset in cached for wanted in dataset.wanted],
@@ -173,30 +171,33 @@ def _placed(plan: Plan, weights: Weights) -> Weights:
 
 def _to_devices(plan: Plan) -> Run:
     """Networks and frozen weights; of the VAE only what steps need."""
-    config, model = plan.config, plan.model
+    config, parts, family = plan.config, plan.model.parts, plan.model.family
     dtype = jnp.dtype(plans.COMPUTE[config.mixed_precision])
     policy = config.model.gradient_checkpointing
     remat = REMAT[policy] if isinstance(policy, bool) else policy
-    networks = {
-        "unet": abstract(lambda: UNet2DConditionModel(model.unet.config, remat)),
-        "text_encoder": abstract(lambda: CLIPTextModel(model.text_encoder.config)),
-    }
-    trained = plan.labels["unet"]
+    options = {"unet": {"remat": remat}}
     frozen = {
-        "unet": {k: v for k, v in model.unet.params.items() if k not in trained},
-        "text_encoder": model.text_encoder.params,
+        name: {k: v for k, v in part.params.items() if k not in plan.labels.get(name, {})}
+        for name, part in parts.items()
     }
-    frozen = {name: params.cast(weights, dtype) for name, weights in frozen.items()}
-    if any(dataset.moments is None for dataset in plan.datasets):
-        networks["vae"] = abstract(lambda: AutoencoderKL(model.vae.config))
-        frozen["vae"] = params.cast(model.vae.params, np.float32)
+    frozen = {
+        name: params.cast(weights, np.float32 if name == "vae" else dtype)
+        for name, weights in frozen.items()
+    }
+    if all(dataset.moments is not None for dataset in plan.datasets):
+        del frozen["vae"]
+    networks = {
+        name: abstract(lambda n=name: family.networks[n](parts[n].config, **options.get(n, {})))
+        for name in frozen
+    }
+    clip_skip, final_norm = family.text_layer(config.model.clip_skip, config.model.clip_final_norm)
     objective = Objective(
         networks={name: graphdef for name, (graphdef, _) in networks.items()},
         schedule=plan.noising,
-        scaling_factor=model.vae.config.get("scaling_factor", 0.18215),
+        scaling_factor=parts["vae"].config.get("scaling_factor", 0.18215),
         dtype=dtype,
-        clip_skip=config.model.clip_skip,
-        clip_final_norm=config.model.clip_final_norm,
+        clip_skip=clip_skip,
+        clip_final_norm=final_norm,
     )
     programs = Programs(
         objective,
@@ -211,7 +212,7 @@ def _to_devices(plan: Plan) -> Run:
 
 def _start(run: Run, checkpoints: Checkpoints, start: int, log: RunLog) -> TrainState:
     """The state of a checkpoint, or of step 0; says so if the data is not what it was."""
-    weights = run.plan.model.unet.params
+    weights = run.plan.model.parts["unet"].params
     chosen = {name: weights[name] for name in weights if name in run.plan.labels["unet"]}
     trainable = {"unet": params.cast(chosen, np.float32)}
     if not start:
@@ -246,9 +247,12 @@ def _one_of_each_shape(dataset: Dataset) -> list[dict[str, jax.ShapeDtypeStruct]
     batches = []
     for width, height in (shape.size for shape in dataset.shapes):
         batch: dict[str, tuple[tuple[int, ...], Any]] = {
-            "input_ids": ((rows, repeats, 77), np.int32),
-            "weight": ((rows,), np.float32),
+            name: ((rows, repeats, 77), np.int32)
+            for name, _ in zip(loader.INPUTS, dataset.tokenizers, strict=False)
         }
+        batch["weight"] = ((rows,), np.float32)
+        if dataset.with_sizes:
+            batch["time_ids"] = ((rows, 6), np.float32)
         if dataset.moments is None:
             batch["pixel_values"] = ((rows, height, width, 3), np.uint8)
         else:

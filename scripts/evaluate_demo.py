@@ -25,8 +25,9 @@ from tqdm import tqdm
 from jaxft import cli, compile_cache, gallery, params, sample, step
 from jaxft import config as configuration
 from jaxft.config import Config
-from jaxft.data.prompt_weights import WeightedTokenizer, parse
+from jaxft.data.prompt_weights import parse
 from jaxft.formats import diffusers_folder
+from jaxft.models.vae import AutoencoderKL
 
 CONFIG = "configs/infer/text2img.yaml"
 SIZE = world.SIZES[0]
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verdicts = [judged(task, picture) for task, picture in zip(tasks, pictures, strict=True)]
 
     args.out.mkdir(parents=True, exist_ok=True)
-    figures: dict[str, Any] = {"vae_psnr": round(measure_vae(model.vae, args.seed), 2)}
+    figures: dict[str, Any] = {"vae_psnr": round(measure_vae(model.parts["vae"], args.seed), 2)}
     for kind in args.prompts:
         at = [number for number, task in enumerate(tasks) if task.kind == kind]
         figures[kind] = tally([tasks[i] for i in at], [verdicts[i] for i in at])
@@ -182,7 +183,7 @@ def paint(
     texts = [(parse(task.prompt), parse("")) for task in padded]
     noise = sample.make_noise(config, model, [task.seed for task in padded])
     table = sample.make_table(model, config.infer_args.num_inference_steps, None)
-    batches = sample.make_batches(texts, noise, config, WeightedTokenizer(model.tokenizer))
+    batches = sample.make_batches(texts, noise, config, sample.make_tokenizers(model))
     # The first batch waits for the compiler: the bar stands at 0 meanwhile.
     bar = tqdm(batches, total=len(texts) // config.bs, unit="batch", desc="sampling")
     images = sample.generate_images(model, table, iter(bar), config)
@@ -234,7 +235,7 @@ def tally(tasks: Sequence[Task], verdicts: Sequence[Verdict]) -> dict[str, Any]:
 
 def measure_vae(vae: diffusers_folder.Component, seed: int) -> float:
     """Mean PSNR in decibels of renders kept out of training, through latents' means and back."""
-    graphdef, _ = params.abstract(lambda: diffusers_folder.NETWORKS["vae"](vae.config))
+    graphdef, _ = params.abstract(lambda: AutoencoderKL(vae.config))
 
     @jax.jit
     def squared_error(weights, pixels):

@@ -16,7 +16,7 @@ import numpy as np
 from demo_base import unet, vae
 
 from jaxft import compile_cache
-from jaxft.formats import diffusers_folder
+from jaxft.formats import diffusers_folder, families
 
 FIGURES = Path(__file__).parent / "demo_base" / "figures.md"
 """What `evaluate_demo.py` found, for the card."""
@@ -36,15 +36,9 @@ def make(work: Path, out: Path, seed: int) -> None:
     }
     weights = unet.train(work, autoencoder, scaling_factor, tokenizer, configs, seed)
     weights["vae"] = autoencoder
-    model = diffusers_folder.Model(
-        **{
-            name: diffusers_folder.Component(configs[name], weights[name])
-            for name in diffusers_folder.NETWORKS
-        },
-        scheduler=unet.SCHEDULER,
-        tokenizer=work / "tokenizer",
-        folder=out,
-    )
+    parts = {name: diffusers_folder.Component(configs[name], weights[name]) for name in configs}
+    tokenizers = {"text_encoder": work / "tokenizer"}
+    model = diffusers_folder.Model(families.SD1, parts, unet.SCHEDULER, tokenizers, out)
     diffusers_folder.write(out, model, "fp16")
     (out / "README.md").write_text(card(work, seed, scaling_factor), "utf-8")
     print(f"wrote {out}")

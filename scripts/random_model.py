@@ -15,10 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxft import params
-from jaxft.formats import diffusers_folder
-from jaxft.models.clip import CLIPTextModel
-from jaxft.models.unet import UNet2DConditionModel
-from jaxft.models.vae import AutoencoderKL
+from jaxft.formats import diffusers_folder, families
 from jaxft.shapes import Params
 
 UNET = {
@@ -124,15 +121,13 @@ def write(folder: Path, seed: int = 0) -> None:
     tokenizer = folder.parent / f".{folder.name}.tokenizer"
     size = write_tokenizer(tokenizer)
     text = TEXT | {"vocab_size": size, "bos_token_id": size - 2, "eos_token_id": size - 1}
-    parts = {"unet": (UNet2DConditionModel, UNET), "vae": (AutoencoderKL, VAE)}
-    parts["text_encoder"] = (CLIPTextModel, text)
-    components = {}
-    for name, (network, config) in parts.items():
-        _, shapes = params.abstract(lambda network=network, config=config: network(config))
-        components[name] = diffusers_folder.Component(config, random_params(shapes, rng))
-    model = diffusers_folder.Model(
-        **components, scheduler=SCHEDULER, tokenizer=tokenizer, folder=folder
-    )
+    configs = {"unet": UNET, "vae": VAE, "text_encoder": text}
+    parts = {}
+    for name, network in families.SD1.networks.items():
+        shapes = diffusers_folder.shapes(network, configs[name])
+        parts[name] = diffusers_folder.Component(configs[name], random_params(shapes, rng))
+    tokenizers = {"text_encoder": tokenizer}
+    model = diffusers_folder.Model(families.SD1, parts, SCHEDULER, tokenizers, folder)
     diffusers_folder.write(folder, model)
     for file in tokenizer.iterdir():
         file.unlink()

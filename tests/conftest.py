@@ -4,7 +4,6 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla"))
@@ -19,25 +18,12 @@ import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 import tests.typecheck  # noqa: E402, F401
+from tests.weights import randomise  # noqa: E402
 
 CHECKED = ["jaxft.models", "jaxft.step"]
 install_import_hook(CHECKED, "tests.typecheck.check")  # shapes and types, at every call
 
 warnings.filterwarnings("ignore", module="diffusers|transformers|torch|beartype")
-
-
-def randomise(module: Any, seed: int) -> Any:
-    """Random weights of a size that keeps activations near 1, norms near 1 and 0."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in module.named_parameters():
-            scale = 0.1 if weight.ndim == 1 else weight[0].numel() ** -0.5
-            weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
-            if "norm" in name and name.endswith("weight"):
-                weight += 1
-    return module.eval()
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ def parts(tmp_path_factory):
 def dataset(parts, batch_size=2, **options) -> loader.Dataset:
     records, shaped, tokenizer = parts
     plan = buckets.BatchPlan(shaped, batch_size, seed=0, name="dataset1")
-    return loader.Dataset("dataset1", records, shaped, plan, tokenizer, **options)
+    return loader.Dataset("dataset1", records, shaped, plan, [tokenizer], **options)
 
 
 def encode(pixels: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from PIL import Image
 from jaxft.builtin import names
 from jaxft.data import source
 from jaxft.errors import UserError
-from jaxft.formats import diffusers_folder
+from jaxft.formats import layout
 from tests.conftest import ROOT
 
 
@@ -29,7 +29,7 @@ def test_other_paths_stay_as_they_are():
 
 @pytest.mark.parametrize("name", ["", "demo/subjects", "demo/../demo", "../names.py"])
 def test_a_wrong_name_says_what_there_is(offline, name):
-    for use in (diffusers_folder.locate, source.index):
+    for use in (layout.locate, source.index):
         with pytest.raises(UserError) as error:
             use(f"builtin:{name}")
         assert str(error.value).startswith(f"builtin:{name}: ")

@@ -10,10 +10,11 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 
-from jaxft import params
+from jaxft import params, tensor_file
 from jaxft.errors import UserError
-from jaxft.formats import diffusers_folder
-from jaxft.formats.diffusers_folder import NETWORKS, Model
+from jaxft.formats import diffusers_folder, layout
+from jaxft.formats.diffusers_folder import Model
+from jaxft.formats.published import SD15
 
 TEXTS = ["a photo of the sea", "Ünïcode & 12 <|endoftext|> dots ...", ""]
 
@@ -52,8 +53,7 @@ def in_torch(part: str, module) -> dict[str, np.ndarray]:
 
 
 def test_read_gives_torchs_weights(model, tiny_pipeline):
-    for part in NETWORKS:
-        ours = getattr(model, part)
+    for part, ours in model.parts.items():
         assert same_bits(ours.params, in_torch(part, getattr(tiny_pipeline, part)))
 
 
@@ -62,7 +62,7 @@ def test_diffusers_opens_the_folder(model, tiny_pipeline, tmp_path):
 
     diffusers_folder.write(tmp_path / "m", model)
     opened = StableDiffusionPipeline.from_pretrained(tmp_path / "m", local_files_only=True)
-    for part in NETWORKS:
+    for part in model.parts:
         theirs = in_torch(part, getattr(opened, part))
         assert same_bits(theirs, in_torch(part, getattr(tiny_pipeline, part)))
     assert opened.tokenizer(TEXTS).input_ids == tiny_pipeline.tokenizer(TEXTS).input_ids
@@ -78,7 +78,7 @@ def test_written_vocabulary_alone_is_the_tokenizer(model, tiny_pipeline, tmp_pat
     tiny_pipeline.tokenizer.save_pretrained(source)
     for name in ("vocab.json", "merges.txt"):
         (source / name).unlink(missing_ok=True)
-    diffusers_folder.write(tmp_path / "m", model._replace(tokenizer=source))
+    diffusers_folder.write(tmp_path / "m", model._replace(tokenizers={"text_encoder": source}))
     files = [tmp_path / "m" / "tokenizer" / name for name in ("vocab.json", "merges.txt")]
     tokenizer = CLIPTokenizer(*map(str, files))
     assert tokenizer(TEXTS).input_ids == tiny_pipeline.tokenizer(TEXTS).input_ids
@@ -87,7 +87,7 @@ def test_written_vocabulary_alone_is_the_tokenizer(model, tiny_pipeline, tmp_pat
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_written_dtype_rounds_as_torch_does(model, tiny_pipeline, tmp_path, dtype):
     diffusers_folder.write(tmp_path / "m", model, dtype)
-    stored = diffusers_folder.read(str(tmp_path / "m")).unet.params
+    stored = diffusers_folder.read(str(tmp_path / "m")).parts["unet"].params
     rounded = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     for name, value in tiny_pipeline.unet.named_parameters():
         theirs = value.detach().to(rounded).to(torch.float32).numpy()
@@ -106,19 +106,19 @@ def test_shards_and_variant_and_old_names_read_alike(tiny_pipeline, copy, model)
 
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     vae = {}
-    for name, array in model.vae.params.items():
+    for name, array in model.parts["vae"].params.items():
         for new, former in old.items():
             name = name.replace(f"attentions.0.{new}.", f"attentions.0.{former}.")
         vae[name] = array
-    params.save(copy / "vae" / "diffusion_pytorch_model.fp16.safetensors", vae)
+    tensor_file.write(copy / "vae" / "diffusion_pytorch_model.fp16.safetensors", vae)
 
-    text = dict(model.text_encoder.params)  # with the prefix; transformers 5 writes none
+    text = dict(model.parts["text_encoder"].params)  # with the prefix; transformers 5 writes none
     text["text_model.embeddings.position_ids"] = np.arange(77, dtype=np.int64)[None]
-    params.save(copy / "text_encoder" / "model.safetensors", text)
+    tensor_file.write(copy / "text_encoder" / "model.safetensors", text)
 
     again = diffusers_folder.read(str(copy))
-    for part in NETWORKS:
-        assert same_bits(getattr(again, part).params, getattr(model, part).params)
+    for part, own in again.parts.items():
+        assert same_bits(own.params, model.parts[part].params)
 
 
 def test_sharded_variant_as_diffusers_writes_it(tiny_pipeline, copy, model):
@@ -126,16 +126,18 @@ def test_sharded_variant_as_diffusers_writes_it(tiny_pipeline, copy, model):
         file.unlink()
     tiny_pipeline.unet.save_pretrained(copy / "unet", variant="fp16", max_shard_size="200KB")
     again = diffusers_folder.read(str(copy), variant="fp16")
-    assert same_bits(again.unet.params, model.unet.params)
+    assert same_bits(again.parts["unet"].params, model.parts["unet"].params)
 
 
 def test_variant_is_preferred_where_it_exists(copy, model):
-    half = params.cast(model.unet.params, np.float16)
-    params.save(copy / "unet" / "diffusion_pytorch_model.fp16.safetensors", half)
-    assert diffusers_folder.read(str(copy)).unet.params["conv_in.weight"].dtype == np.float32
+    half = params.cast(model.parts["unet"].params, np.float16)
+    tensor_file.write(copy / "unet" / "diffusion_pytorch_model.fp16.safetensors", half)
+    assert (
+        diffusers_folder.read(str(copy)).parts["unet"].params["conv_in.weight"].dtype == np.float32
+    )
     chosen = diffusers_folder.read(str(copy), variant="fp16")
-    assert same_bits(chosen.unet.params, half)
-    assert same_bits(chosen.vae.params, model.vae.params)
+    assert same_bits(chosen.parts["unet"].params, half)
+    assert same_bits(chosen.parts["vae"].params, model.parts["vae"].params)
     with pytest.raises(UserError, match="'fp61'"):
         diffusers_folder.read(str(copy), variant="fp61")
 
@@ -165,10 +167,10 @@ def test_missing_file_is_named(copy, name):
 
 
 def test_every_misfit_is_listed(copy, model):
-    wrong = dict(model.unet.params)
+    wrong = dict(model.parts["unet"].params)
     wrong["conv_inn.weight"] = wrong.pop("conv_in.weight")
     wrong["conv_out.bias"] = np.zeros(7, np.float32)
-    params.save(copy / "unet" / "diffusion_pytorch_model.safetensors", wrong)
+    tensor_file.write(copy / "unet" / "diffusion_pytorch_model.safetensors", wrong)
     with pytest.raises(UserError, match=r"conv_in\.weight") as error:
         diffusers_folder.read(str(copy))
     for text in ("conv_inn.weight", "conv_out.bias (7,), expected (4,)", str(copy)):
@@ -178,7 +180,7 @@ def test_every_misfit_is_listed(copy, model):
 def test_pickled_weights_are_refused_with_the_remedy(copy):
     (copy / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     (copy / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(UserError, match="safe_serialization=True"):
+    with pytest.raises(UserError, match="to-diffusers"):
         diffusers_folder.read(str(copy))
 
 
@@ -242,6 +244,9 @@ SD15_FILES = [
 """The files of stable-diffusion-v1-5/stable-diffusion-v1-5 on the hub."""
 
 
+SD15_INDEX = json.dumps(diffusers_folder.model_index(SD15))
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """Stands in for the hub with the files in `hub["files"]`; notes what was asked for."""
@@ -252,16 +257,16 @@ def hub(monkeypatch, tmp_path):
         state["taken"] += chosen
         for file in chosen:
             (tmp_path / "hub" / file).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / "hub" / file).touch()
+            (tmp_path / "hub" / file).write_text(SD15_INDEX if file == "model_index.json" else "")
         return str(tmp_path / "hub")
 
-    monkeypatch.setattr(diffusers_folder, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(layout, "snapshot_download", snapshot_download)
     return state
 
 
 @pytest.mark.parametrize(("variant", "dot"), [(None, ""), ("fp16", ".fp16")])
 def test_hub_gives_one_set_of_weights(hub, variant, dot):
-    diffusers_folder.locate("stable-diffusion-v1-5/stable-diffusion-v1-5", variant=variant)
+    layout.locate("stable-diffusion-v1-5/stable-diffusion-v1-5", variant=variant)
     weights = {name for name in hub["taken"] if name.endswith((".safetensors", ".bin", ".ckpt"))}
     stem = f"diffusion_pytorch_model{dot}.safetensors"
     assert weights == {f"unet/{stem}", f"vae/{stem}", f"text_encoder/model{dot}.safetensors"}
@@ -270,7 +275,7 @@ def test_hub_gives_one_set_of_weights(hub, variant, dot):
 
 def test_hub_model_with_only_half_precision(hub):
     hub["files"] = [n for n in SD15_FILES if not re.search(r"(model|ema)\.safetensors$", n)]
-    diffusers_folder.locate("someone/half")
+    layout.locate("someone/half")
     assert "unet/diffusion_pytorch_model.fp16.safetensors" in hub["taken"]
 
 
@@ -278,16 +283,16 @@ def test_local_names_do_not_touch_the_network(hub, tiny_model, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ckpts").mkdir()
     (tmp_path / "file.safetensors").touch()
-    assert diffusers_folder.locate(str(tiny_model)) == tiny_model
+    assert layout.locate(str(tiny_model)) == tiny_model
     for name in ("ckpts/none", "./a", "/a/b", "../a", "a", "a/b/c", "file.safetensors", "~/a/b"):
         with pytest.raises(UserError, match=re.escape(Path(name).name)):
-            diffusers_folder.locate(name)
+            layout.locate(name)
     assert hub["taken"] == []
 
 
 def test_hub_that_does_not_answer(tiny_model):
     with pytest.raises(UserError, match="nobody/nothing"):  # the tests run with HF_HUB_OFFLINE
-        diffusers_folder.locate("nobody/nothing")
+        layout.locate("nobody/nothing")
 
 
 # --- writing ----------------------------------------------------------------------------------
@@ -297,7 +302,9 @@ def test_write_replaces_a_model_and_nothing_else(model, copy, tmp_path):
     (copy / "unet" / "left_over").touch()
     diffusers_folder.write(copy, diffusers_folder.read(str(copy)), "fp16")  # also onto itself
     assert not (copy / "unet" / "left_over").exists()
-    assert diffusers_folder.read(str(copy)).vae.params["quant_conv.bias"].dtype == np.float16
+    assert (
+        diffusers_folder.read(str(copy)).parts["vae"].params["quant_conv.bias"].dtype == np.float16
+    )
 
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -311,10 +318,10 @@ def test_write_replaces_a_model_and_nothing_else(model, copy, tmp_path):
 def test_failed_write_leaves_what_was_there(model, copy, tmp_path, monkeypatch):
     before = {p: p.stat().st_mtime_ns for p in copy.rglob("*")}
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(params, "save", full)
+    monkeypatch.setattr(tensor_file, "write", full)
     with pytest.raises(OSError, match="No space"):
         diffusers_folder.write(copy, model)
     assert {p: p.stat().st_mtime_ns for p in copy.rglob("*")} == before

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxft import params
+from jaxft import params, tensor_file
 from jaxft.errors import UserError
 from jaxft.formats import hcp
 from tests.test_formats import same_bits
@@ -59,7 +59,7 @@ def test_merge_keeps_the_precision_of_the_part(base):
 )
 def test_files_that_are_no_part(tmp_path, key, named):
     file = tmp_path / "part.safetensors"
-    params.save(file, {key: np.zeros(1, np.float32)} if key else {})
+    tensor_file.write(file, {key: np.zeros(1, np.float32)} if key else {})
     with pytest.raises(UserError, match=named) as error:
         hcp.read_part(file)
     assert str(file) in str(error.value)

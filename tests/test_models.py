@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig
 from transformers import CLIPTextModel as TorchText
 from transformers import CLIPTextModelWithProjection as TorchTextWithProjection
 
-from jaxft import params
+from jaxft import params, tensor_file
 from jaxft.errors import UserError
 from jaxft.models import attention
 from jaxft.models.clip import CLIPTextModel, CLIPTextModelWithProjection
@@ -22,7 +22,7 @@ from jaxft.models.controlnet import ControlNetModel
 from jaxft.models.encoder import REMAT, Added
 from jaxft.models.unet import UNet2DConditionModel
 from jaxft.models.vae import AutoencoderKL
-from tests.conftest import randomise
+from tests.weights import randomise
 
 TOLERANCE = 1e-4  # of the output's scale: float32 sums in another order
 TINY: dict[str, Any] = {"norm_num_groups": 16, "cross_attention_dim": 24}
@@ -390,9 +390,9 @@ def test_params_round_trip_bit_for_bit(tmp_path, rng):
         "b": rng.standard_normal(5).astype(ml_dtypes.bfloat16),
         "ids": np.arange(4),
     }
-    params.save(tmp_path / "x.safetensors", weights, {"title": "x"})
+    tensor_file.write(tmp_path / "x.safetensors", weights, {"title": "x"})
     again = params.load(tmp_path / "x.safetensors")
     assert again.keys() == weights.keys()
     assert all(again[k].dtype == v.dtype and (again[k] == v).all() for k, v in weights.items())
-    assert params.read_metadata(tmp_path / "x.safetensors")["title"] == "x"
+    assert tensor_file.read_header(tmp_path / "x.safetensors").metadata["title"] == "x"
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]

@@ -5,13 +5,13 @@ import re
 import pytest
 
 from jaxft.errors import UserError
-from jaxft.formats.sd15 import SD15
+from jaxft.formats.published import SD15
 from jaxft.formats.webui_names import names
 from jaxft.patterns import match, modules
 
 UNET = [
     name.removeprefix("unet.")
-    for name in names(SD15.unet, SD15.vae, SD15.text_encoder)
+    for name in names(SD15.family, SD15.parts)
     if name.startswith("unet.")
 ]
 

@@ -21,6 +21,7 @@ from jaxft.data.prompt_weights import WeightedTokenizer, parse
 from jaxft.diffusion.conditioning import encode_text, weigh
 from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder, hcp
+from jaxft.models.clip import CLIPTextModel
 from jaxft.params import abstract, bind
 
 SD1 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -170,7 +171,7 @@ def test_merged_part_replaces_weights_and_is_saved(tiny_model, tmp_path):
 
     model = diffusers_folder.read(str(tiny_model))
     name = "conv_out.weight"
-    part = {name: model.unet.params[name] + 1}
+    part = {name: model.parts["unet"].params[name] + 1}
     hcp.write_part(tmp_path / "unet-1.safetensors", part)
     arguments = [
         "--cfg=cfgs/infer/t2i_part.yaml",
@@ -182,7 +183,9 @@ def test_merged_part_replaces_weights_and_is_saved(tiny_model, tmp_path):
     assert sample.main(arguments) == 0
     merged = StableDiffusionPipeline.from_pretrained(tmp_path / "merged").unet.state_dict()
     np.testing.assert_array_equal(merged[name], part[name])
-    np.testing.assert_array_equal(merged["conv_in.weight"], model.unet.params["conv_in.weight"])
+    np.testing.assert_array_equal(
+        merged["conv_in.weight"], model.parts["unet"].params["conv_in.weight"]
+    )
     assert not (tmp_path / "output").exists()
 
 
@@ -194,15 +197,16 @@ def test_components_are_replaced(tiny_model, tiny_pipeline, tmp_path):
         "subfolder": "vae",
     }
     model = diffusers_folder.read(str(tiny_model))
-    model = model._replace(scheduler={"prediction_type": "v_prediction"}, vae=model.unet)
+    model = model._replace(scheduler={"prediction_type": "v_prediction"})
+    model = model.replace(vae=model.parts["unet"])
     new = ConfigDict({"vae": vae, "scheduler": {"_target_": "diffusers.DDIMScheduler"}})
     replaced = sample.replace_components(model, new)
     # Which the network predicts is the model's, whatever the sampler.
     expected = {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
     assert replaced.scheduler == expected
     theirs = tiny_pipeline.vae.state_dict()
-    assert replaced.vae.params.keys() == theirs.keys()
-    assert all(np.array_equal(replaced.vae.params[key], theirs[key]) for key in theirs)
+    assert replaced.parts["vae"].params.keys() == theirs.keys()
+    assert all(np.array_equal(replaced.parts["vae"].params[key], theirs[key]) for key in theirs)
 
 
 @pytest.mark.parametrize(
@@ -268,13 +272,14 @@ def test_a_weight_lands_on_its_tokens(tiny_model):
 
 
 def test_long_prompts_are_joined_rows(tiny_model):
-    component = diffusers_folder.read(str(tiny_model)).text_encoder
-    structure, _ = abstract(lambda: diffusers_folder.NETWORKS["text_encoder"](component.config))
+    component = diffusers_folder.read(str(tiny_model)).parts["text_encoder"]
+    structure, _ = abstract(lambda: CLIPTextModel(component.config))
     text_encoder = bind(structure, jax.tree.map(jnp.asarray, component.params))
     tokenizer = WeightedTokenizer(tiny_model / "tokenizer")
     ids = jnp.asarray(tokenizer.encode("a photo of " * 40, 2)[None])
-    joined = np.asarray(encode_text(text_encoder, ids))
-    first, second = (np.asarray(encode_text(text_encoder, ids[:, r : r + 1])) for r in (0, 1))
+    joined, first, second = (
+        np.asarray(encode_text([text_encoder], [part])[0]) for part in (ids, ids[:, :1], ids[:, 1:])
+    )
     assert joined.shape[1] == 152
     np.testing.assert_allclose(joined[:, :76], first[:, :76], atol=1e-5)
     np.testing.assert_allclose(joined[:, 76:], second[:, 1:], atol=1e-5)

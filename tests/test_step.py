@@ -20,7 +20,7 @@ from jaxft.diffusion import schedule
 from jaxft.models.clip import CLIPTextModel
 from jaxft.models.unet import UNet2DConditionModel
 from jaxft.tuning import optimizers
-from tests.conftest import randomise
+from tests.weights import randomise
 
 UNET: dict[str, Any] = {
     "block_out_channels": (16, 32),

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from jaxft import params
+from jaxft import params, tensor_file
 from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder, webui
-from jaxft.formats.diffusers_folder import NETWORKS, Model
-from jaxft.formats.sd15 import SD15
-from jaxft.formats.webui_names import names
+from jaxft.formats.diffusers_folder import Model
+from jaxft.formats.published import SD15
+from jaxft.formats.webui_names import VAE_MATRICES, names
 from jaxft.models.unet import UNet2DConditionModel
 from tests.test_formats import in_torch, same_bits
 
@@ -29,8 +29,7 @@ def mixed(model: Model) -> Model:
     """The model with weights of three dtypes, infinities and NaN among them."""
     kinds = [np.float32, np.float16, ml_dtypes.bfloat16]
     parts = {}
-    for part in NETWORKS:
-        component = getattr(model, part)
+    for part, component in model.parts.items():
         stored = {
             name: array.astype(kinds[i % 3])
             for i, (name, array) in enumerate(component.params.items())
@@ -39,7 +38,7 @@ def mixed(model: Model) -> Model:
         stored[first] = stored[first].copy()
         stored[first].flat[:3] = [np.nan, -np.inf, -0.0]
         parts[part] = component._replace(params=stored)
-    return model._replace(**parts)
+    return model.replace(**parts)
 
 
 def sd15_in_torch():
@@ -49,21 +48,21 @@ def sd15_in_torch():
 
     with torch.device("meta"):
         return {
-            "unet": UNet2DConditionModel.from_config(SD15.unet),
-            "vae": AutoencoderKL.from_config(SD15.vae),
-            "text_encoder": CLIPTextModel(CLIPTextConfig(**SD15.text_encoder)),
+            "unet": UNet2DConditionModel.from_config(SD15.parts["unet"]),
+            "vae": AutoencoderKL.from_config(SD15.parts["vae"]),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**SD15.parts["text_encoder"])),
         }
 
 
 def test_names_of_sd15_are_those_of_torch_and_one_to_one():
-    table = names(SD15.unet, SD15.vae, SD15.text_encoder)
-    assert len(set(table.values())) == len(table) == 686 + 248 + 196
+    table = names(SD15.family, SD15.parts)
+    assert len({place.key for place in table.values()}) == len(table) == 686 + 248 + 196
     for part, module in sd15_in_torch().items():
         ours = {name.partition(".")[2] for name in table if name.startswith(f"{part}.")}
         theirs = {f"text_model.{n}" if part == "text_encoder" else n: tuple(p.shape) for n, p in
                   module.named_parameters()}  # fmt: skip
         assert ours == theirs.keys()
-        expected = diffusers_folder.shapes(part, getattr(SD15, part))
+        expected = diffusers_folder.shapes(SD15.family.networks[part], SD15.parts[part])
         assert {name: leaf.shape for name, leaf in expected.items()} == theirs
 
 
@@ -71,9 +70,10 @@ def test_names_of_sd15_are_those_of_torch_and_one_to_one():
 def test_names_are_those_of_diffusers_converters(depth):
     from diffusers.loaders import single_file_utils as theirs
 
-    vae, unet = SD15.vae, SD15.unet | {"layers_per_block": depth}
-    table = names(unet, vae, SD15.text_encoder)
-    numbers = {key: torch.full((1, 1, 1, 1), float(i)) for i, key in enumerate(table.values())}
+    vae, unet = SD15.parts["vae"], SD15.parts["unet"] | {"layers_per_block": depth}
+    table = names(SD15.family, SD15.parts | {"unet": unet})
+    keys = [place.key for place in table.values()]
+    numbers = {key: torch.full((1, 1, 1, 1), float(i)) for i, key in enumerate(keys)}
     converted = {
         "unet": theirs.convert_ldm_unet_checkpoint(dict(numbers), unet),
         "vae": theirs.convert_ldm_vae_checkpoint(dict(numbers), vae),
@@ -85,13 +85,13 @@ def test_names_are_those_of_diffusers_converters(depth):
 
 def test_only_listed_tensors_change_form(model):
     stored = webui.to_webui(model)
-    table = names(model.unet.config, model.vae.config, model.text_encoder.config)
+    table = names(model.family, {part: own.config for part, own in model.parts.items()})
     changed = set()
-    for name, key in table.items():
+    for name, place in table.items():
         part, _, rest = name.partition(".")
-        if getattr(model, part).params[rest].shape != stored[key].shape:
+        if model.parts[part].params[rest].shape != stored[place.key].shape:
             changed.add(name)
-    assert changed == webui.VAE_CONVS
+    assert changed == {f"vae.{name}" for name in VAE_MATRICES}
 
 
 def test_folder_to_webui_to_folder_changes_no_bit(model, tmp_path):
@@ -100,15 +100,15 @@ def test_folder_to_webui_to_folder_changes_no_bit(model, tmp_path):
     webui.write(file, before, None)
     configs = diffusers_folder.read_configs(model.folder)
     weights = webui.read(file, configs)
-    after = before._replace(
-        **{p: getattr(before, p)._replace(params=getattr(weights, p)) for p in NETWORKS}
+    after = before.replace(
+        **{p: own._replace(params=weights.parts[p]) for p, own in before.parts.items()}
     )
     diffusers_folder.write(tmp_path / "again", after, None)
     again = diffusers_folder.read(str(tmp_path / "again"))
     assert weights.ignored == []
-    for part in NETWORKS:
-        assert same_bits(getattr(again, part).params, getattr(before, part).params)
-        assert getattr(again, part).config == getattr(model, part).config
+    for part, own in again.parts.items():
+        assert same_bits(own.params, before.parts[part].params)
+        assert own.config == model.parts[part].config
     assert again.scheduler == model.scheduler
     assert same_bits(webui.to_webui(again), params.load(file))
 
@@ -121,7 +121,7 @@ def test_diffusers_opens_the_webui_file(model, tiny_model, tiny_pipeline, tmp_pa
     opened = StableDiffusionPipeline.from_single_file(
         str(file), config=str(tiny_model), local_files_only=True, safety_checker=None
     )
-    for part in NETWORKS:
+    for part in model.parts:
         theirs = in_torch(part, getattr(opened, part))
         assert same_bits(theirs, in_torch(part, getattr(tiny_pipeline, part)))
 
@@ -131,9 +131,9 @@ def test_exports_compute_in_diffusers_what_they_compute_here(model, tiny_model, 
 
     latents = rng.standard_normal((1, 8, 8, 4), np.float32)
     text = rng.standard_normal((1, 77, 32), np.float32)
-    graphdef, _ = params.abstract(lambda: UNet2DConditionModel(model.unet.config))
+    graphdef, _ = params.abstract(lambda: UNet2DConditionModel(model.parts["unet"].config))
     run = jax.jit(lambda weights, *inputs: params.bind(graphdef, weights)(*inputs))
-    ours = run(model.unet.params, latents, np.array([500]), text)
+    ours = run(model.parts["unet"].params, latents, np.array([500]), text)
     webui.write(tmp_path / "m.safetensors", model, "fp32")
     diffusers_folder.write(tmp_path / "m", model)
     options = {"local_files_only": True, "safety_checker": None}
@@ -154,7 +154,7 @@ def rewritten(model: Model, path: Path, change) -> Path:
     """A webui file of the model after `change` has edited its dict of weights."""
     stored = webui.to_webui(model)
     change(stored)
-    params.save(path / "changed.safetensors", stored)
+    tensor_file.write(path / "changed.safetensors", stored)
     return path / "changed.safetensors"
 
 
@@ -176,7 +176,7 @@ def test_other_names_of_vae_attention(model, tmp_path, former, form):
 
     file = rewritten(model, tmp_path, change)
     weights = webui.read(file, diffusers_folder.read_configs(model.folder))
-    assert same_bits(weights.vae, model.vae.params)
+    assert same_bits(weights.parts["vae"], model.parts["vae"].params)
 
 
 def test_what_is_no_weight_is_left_out_and_said(model, tmp_path):
@@ -189,7 +189,7 @@ def test_what_is_no_weight_is_left_out_and_said(model, tmp_path):
     file = rewritten(model, tmp_path, lambda stored: stored.update(extra))
     weights = webui.read(file, diffusers_folder.read_configs(model.folder))
     assert weights.ignored == sorted(extra)
-    assert same_bits(weights.text_encoder, model.text_encoder.params)
+    assert same_bits(weights.parts["text_encoder"], model.parts["text_encoder"].params)
 
 
 def test_misfits_of_a_webui_file_are_all_listed(model, tmp_path):
@@ -213,22 +213,16 @@ def test_misfits_of_a_webui_file_are_all_listed(model, tmp_path):
     ],
 )
 def test_files_of_other_models_are_named(tmp_path, key, kind):
-    params.save(tmp_path / "other.safetensors", {key: np.zeros(1, np.float32)})
+    tensor_file.write(tmp_path / "other.safetensors", {key: np.zeros(1, np.float32)})
     with pytest.raises(UserError, match=kind):
-        webui.read(tmp_path / "other.safetensors")
-
-
-def test_sd2_is_not_written_as_sd1(model):
-    sd2 = model.unet._replace(config=model.unet.config | {"use_linear_projection": True})
-    with pytest.raises(UserError, match="use_linear_projection"):
-        webui.to_webui(model._replace(unet=sd2))
+        webui.read(tmp_path / "other.safetensors", SD15)
 
 
 @pytest.mark.parametrize(("ours", "spec"), [("epsilon", "epsilon"), ("v_prediction", "v")])
 def test_metadata_is_modelspecs(model, tmp_path, ours, spec):
     scheduler = model.scheduler | {"prediction_type": ours}
     webui.write(tmp_path / "My model.safetensors", model._replace(scheduler=scheduler))
-    found = params.read_metadata(tmp_path / "My model.safetensors")
+    found = tensor_file.read_header(tmp_path / "My model.safetensors").metadata
     required = ("sai_model_spec", "architecture", "implementation", "title", "resolution")
     assert {f"modelspec.{name}" for name in required} < found.keys()
     assert found["modelspec.title"] == "My model"

@@ -17,8 +17,12 @@ from jaxft.data.buckets import BatchPlan, Buckets
 from jaxft.data.tokens import Tokenizer
 
 Batch = dict[str, np.ndarray]
-"""`input_ids` int32 [b, r, 77], `weight` float32 [b] (0: fills up the batch), and either
-`moments` float32 [b, h/8, w/8, 8] or `pixel_values` uint8 [b, h, w, 3]."""
+"""`input_ids` int32 [b, r, 77] (and `input_ids_2`), `weight` float32 [b] (0: fills up the batch),
+either `moments` float32 [b, h/8, w/8, 8] or `pixel_values` uint8 [b, h, w, 3], and for Stable
+Diffusion XL `time_ids` float32 [b, 6]."""
+
+INPUTS = ("input_ids", "input_ids_2")
+"""What the ids of the first and the second tokenizer are called."""
 
 
 class Shape(NamedTuple):
@@ -37,12 +41,15 @@ class Dataset:
     records: Sequence[source.Record]
     buckets: Buckets
     plan: BatchPlan
-    tokenizer: Tokenizer
+    tokenizers: Sequence[Tokenizer]
+    """Of each text encoder."""
     repeats: int = 1
     """Rows of 77 tokens for each prompt."""
     loss_weight: float = 1.0
     moments: latents.Store | None = None
     """The cache; without it images are decoded anew for every batch."""
+    with_sizes: bool = False
+    """Whether a batch says how its images were scaled and cropped, as Stable Diffusion XL asks."""
 
     @property
     def num_batches(self) -> int:
@@ -72,7 +79,7 @@ class Dataset:
             )
             for record in self.records
         }
-        return [n for n, text in prompts.items() if not self.tokenizer.fits(text, self.repeats)]
+        return [n for n, text in prompts.items() if not self.tokenizers[0].fits(text, self.repeats)]
 
     def batch(self, n: int, rows: slice = slice(None)) -> Batch:
         """Batch n, or some rows of it (the share of one process among several).
@@ -89,13 +96,34 @@ class Dataset:
         ]
         size = self.buckets.sizes[drawn.bucket]
         batch = {
-            "input_ids": np.stack([self.tokenizer.encode(text, self.repeats) for text in prompts]),
-            "weight": drawn.weights[rows],
+            name: np.stack([tokenizer.encode(text, self.repeats) for text in prompts])
+            for name, tokenizer in zip(INPUTS, self.tokenizers, strict=False)
         }
+        batch["weight"] = drawn.weights[rows]
+        if self.with_sizes:
+            batch["time_ids"] = np.stack([time_ids(record.size, size) for record in records])
         if self.moments is not None:
             entries = [self.moments[latents.key(record, size)] for record in records]
             return batch | {"moments": np.stack(entries)}
         return batch | {"pixel_values": np.stack([source.pixels(r, size) for r in records])}
+
+
+def time_ids(original: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """What Stable Diffusion XL is told of an image, float32 [6], in pixels.
+
+    Original height and width, top and left of the crop in the scaled image, height and width of
+    the crop; Podell et al. 2023, section 2.2 (https://arxiv.org/abs/2307.01952).
+
+    Args:
+        original: width and height of the file's image.
+        size: width and height that it is scaled to cover, and cropped to.
+    """
+    scale = max(wanted / given for wanted, given in zip(size, original, strict=True))
+    left, top = (
+        round(max(scale * given - wanted, 0) / 2)
+        for wanted, given in zip(size, original, strict=True)
+    )
+    return np.array([*original[::-1], top, left, *size[::-1]], np.float32)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
-"""From token ids to the states that the UNet attends to."""
+"""From token ids to what the UNet is told: the text's states, and in XL its pooled state."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,28 +10,36 @@ from jaxft.shapes import TextStates
 
 
 def encode_text(
-    text_encoder: Any,
-    input_ids: Int[Array, "b r 77"],
+    text_encoders: Sequence[Any],
+    input_ids: Sequence[Int[Array, "b r 77"]],
     *,
     clip_skip: int = 0,
     final_norm: bool = True,
-) -> TextStates:
-    """States of prompts that are r rows of CLIP's 77 tokens long, [b, 75r + 2, d].
+) -> tuple[TextStates, Float[Array, "b p"]]:
+    """States of prompts that are r rows of CLIP's 77 tokens long, and the pooled state.
 
-    The encoder sees each row alone. Joined, they keep one start (the first row's) and one end
+    An encoder sees each row alone. Joined, they keep one start (the first row's) and one end
     (the last row's); this is HCP-Diffusion's layout of `tokenizer_repeats`. One row is unchanged.
+    States [b, 75r + 2, d] of several encoders lie side by side on the last axis. The pooled state
+    is that of the last encoder, of the first row.
 
     Args:
-        text_encoder: a `CLIPTextModel` with its weights.
-        input_ids: each row begins with the start token and ends with end or padding.
+        text_encoders: `CLIPTextModel`s with their weights.
+        input_ids: of each encoder; each row begins with the start token and ends with end or
+            padding.
         clip_skip: last layers to leave out.
         final_norm: whether the final layer norm is applied.
     """
-    b, r, n = input_ids.shape
-    states, _ = text_encoder(input_ids.reshape(b * r, n), clip_skip, final_norm)
-    rows = states.reshape(b, r, n, -1)
-    content = rows[:, :, 1:-1].reshape(b, r * (n - 2), -1)
-    return jnp.concatenate([rows[:, 0, :1], content, rows[:, -1, -1:]], axis=1)
+    joined, pooled = [], None
+    for text_encoder, ids in zip(text_encoders, input_ids, strict=True):
+        b, r, n = ids.shape
+        states, pooled = text_encoder(ids.reshape(b * r, n), clip_skip, final_norm)
+        rows = states.reshape(b, r, n, -1)
+        content = rows[:, :, 1:-1].reshape(b, r * (n - 2), -1)
+        joined.append(jnp.concatenate([rows[:, 0, :1], content, rows[:, -1, -1:]], axis=1))
+        pooled = pooled.reshape(b, r, -1)[:, 0]
+    assert pooled is not None, "there is at least one text encoder"
+    return jnp.concatenate(joined, axis=-1), pooled
 
 
 def weigh(states: TextStates, weights: Float[Array, "b s"]) -> TextStates:

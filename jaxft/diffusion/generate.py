@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.diffusion.conditioning import encode_text, weigh
 from jaxft.diffusion.samplers import Table, sample
+from jaxft.models.encoder import Added
 from jaxft.params import bind, cast
 from jaxft.shapes import Latents, Pixels, TextStates
 
@@ -20,13 +20,14 @@ class Networks(NamedTuple):
 
     unet: Any
     vae: Any
-    text_encoder: Any
+    text_encoders: tuple[Any, ...]
 
 
 class Prompts(NamedTuple):
     """A batch of prompts as numbers."""
 
-    input_ids: Int[Array, "b r 77"]
+    input_ids: tuple[Int[Array, "b r 77"], ...]
+    """For each text encoder."""
     weights: Float[Array, "b s"] | None
     """Of the text states, s = 75r + 2; None where no prompt of the batch has any."""
 
@@ -65,20 +66,25 @@ def program(
     def run(
         weights: Networks, prompts: Sequence[Prompts], scale: float, noise: Latents, table: Table
     ):
-        text_encoder = bind(structures.text_encoder, cast(weights.text_encoder, dtype))
-        states = jnp.concatenate(
-            [_states(text_encoder, side, clip_skip, final_norm) for side in prompts]
-        )
+        text_encoders = [
+            bind(structure, cast(own, dtype))
+            for structure, own in zip(structures.text_encoders, weights.text_encoders, strict=True)
+        ]
+        sides = [_conditions(text_encoders, side, clip_skip, final_norm) for side in prompts]
+        states, pooled = (jnp.concatenate(both) for both in zip(*sides, strict=True))
         unet = bind(structures.unet, cast(weights.unet, dtype))
+        vae = bind(structures.vae, cast(weights.vae, decoder_dtype))
+        height, width = (side * vae.scale for side in noise.shape[1:3])
+        sizes = jnp.array([height, width, 0, 0, height, width], jnp.float32)
+        added = Added(pooled, jnp.tile(sizes, (len(pooled), 1)))
 
         def denoise(x: Latents, timestep: jax.Array) -> jax.Array:
             x = jnp.concatenate([x.astype(dtype)] * len(prompts))
-            output = unet(x, jnp.full(len(x), timestep), states).astype(jnp.float32)
+            output = unet(x, jnp.full(len(x), timestep), states, added).astype(jnp.float32)
             first, *others = jnp.split(output, len(prompts))
             return first + scale * (others[0] - first) if others else first
 
         latents = sample(denoise, noise, table)
-        vae = bind(structures.vae, cast(weights.vae, decoder_dtype))
         images = vae.decode((latents / scaling_factor).astype(decoder_dtype)).astype(jnp.float32)
         finite = jnp.all(jnp.isfinite(images), axis=(1, 2, 3))
         pixels = jnp.round(jnp.clip(images / 2 + 0.5, 0, 1) * 255)
@@ -102,10 +108,10 @@ def initial_noise(seeds: Sequence[int], height: int, width: int, channels: int =
     return jnp.stack([jax.random.normal(jax.random.key(seed), shape) for seed in seeds])
 
 
-def _states(
-    text_encoder: nnx.Module, prompts: Prompts, clip_skip: int, final_norm: bool
-) -> TextStates:
-    states = encode_text(
-        text_encoder, prompts.input_ids, clip_skip=clip_skip, final_norm=final_norm
+def _conditions(
+    text_encoders: Sequence[Any], prompts: Prompts, clip_skip: int, final_norm: bool
+) -> tuple[TextStates, Array]:
+    states, pooled = encode_text(
+        text_encoders, prompts.input_ids, clip_skip=clip_skip, final_norm=final_norm
     )
-    return states if prompts.weights is None else weigh(states, prompts.weights)
+    return (states if prompts.weights is None else weigh(states, prompts.weights)), pooled

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxft import params
+from jaxft import params, tensor_file
 from jaxft.errors import UserError
 from jaxft.patterns import match
 
@@ -18,7 +18,7 @@ from jaxft.patterns import match
 def write_part(path: Path, part: Mapping[str, Any], dtype: str = "fp32") -> None:
     """Writes trained weights (names as in the network) as `base:<name>`."""
     named = {f"base:{name}": array for name, array in part.items()}
-    params.save(path, params.cast(named, params.DTYPES[dtype]))
+    tensor_file.write(path, named, dtype=params.DTYPES[dtype])
 
 
 def read_part(path: Path) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def read_part(path: Path) -> dict[str, Any]:
         UserError: the file is unreadable, empty, or holds LoRA or plugin weights.
     """
     kinds: dict[str, dict[str, Any]] = {}
-    for key, array in params.load(path).items():
+    for key, array in tensor_file.read(path).items():
         kind, _, name = key.partition(":")
         kinds.setdefault(kind, {})[name] = array
     for kind, what in {"lora": "LoRA part", "plugin": "plugin part"}.items():

@@ -1,8 +1,9 @@
-"""Stable Diffusion 1.x as one safetensors file: what AUTOMATIC1111's webui and ComfyUI load.
+"""Stable Diffusion as one safetensors file: what AUTOMATIC1111's webui and ComfyUI load.
 
-`webui_names` has the keys. Eight tensors also change form: `VAE_CONVS`.
+`webui_names` has the keys, and the forms of the few weights that lie in the file differently.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,18 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxft import params
+from jaxft import params, tensor_file
 from jaxft.errors import UserError
-from jaxft.formats.diffusers_folder import NETWORKS, Configs, Model, shapes
-from jaxft.formats.sd15 import SD15
-from jaxft.formats.webui_names import names
-
-VAE_CONVS = frozenset(
-    f"vae.{half}.mid_block.attentions.0.{layer}.weight"
-    for half in ("encoder", "decoder")
-    for layer in ("to_q", "to_k", "to_v", "to_out.0")
-)
-"""Linear [c, c] in diffusers, 1x1 convolution [c, c, 1, 1] in the file. No others differ."""
+from jaxft.formats import families, ldm_config
+from jaxft.formats.diffusers_folder import Configs, Model, shapes
+from jaxft.formats.families import Family
+from jaxft.formats.webui_names import Form, Place, names
 
 ALIASES = {
     f"first_stage_model.{half}.mid.attn_1.{name}.{leaf}": tuple(
@@ -45,128 +40,270 @@ IGNORED = frozenset(
         *("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod"),
         *("sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod"),
         *("posterior_variance", "posterior_log_variance_clipped"),
-        *("posterior_mean_coef1", "posterior_mean_coef2", "global_step"),
-        "cond_stage_model.transformer.text_model.embeddings.position_ids",
-        "cond_stage_model.transformer.text_projection.weight",
-        "cond_stage_model.transformer.logit_scale",
-        "cond_stage_model.text_projection",
-        "cond_stage_model.logit_scale",
+        *("posterior_mean_coef1", "posterior_mean_coef2", "global_step", "v_pred", "ztsnr"),
+        *("denoiser.sigmas", "edm_mean", "edm_std"),
     ]
 )
-"""Keys without a weight of the three: constants of the schedule, of training, of CLIP."""
+"""Constants of the schedule and of training, and marks of the prediction type."""
 
 IGNORED_PREFIXES = ("model_ema.", "first_stage_model.loss.")
 """Averages of the UNet's weights, and the discriminator that the VAE was trained against."""
 
+IGNORED_OF_TEXT = (
+    *("text_model.embeddings.position_ids", "text_projection.weight", "text_projection"),
+    *("logit_scale", "attn_mask"),
+)
+"""Beneath a text encoder's prefix: constants, and CLIP's weights that images do not need."""
+
+MARKS = {
+    "conditioner.embedders.0.model.": families.REFINER,
+    "conditioner.": families.SDXL,
+    "cond_stage_model.model.": families.SD2,
+    "cond_stage_model.transformer.": families.SD1,
+}
+"""Beginning of keys that only a family's files have -> the family; the first that is there."""
+
 OTHER_MODELS = {
-    "cond_stage_model.model.": "Stable Diffusion 2.x",
-    "conditioner.": "Stable Diffusion XL",
-    "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
-    "lora_": "LoRA",
+    "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3 model",
+    "double_blocks.": "a Flux model",
+    "model.diffusion_model.double_blocks.": "a Flux model",
+    "lora_": "a LoRA",
+    "base_model.model.": "a LoRA in PEFT's form",
+    "base:": "a part file of HCP-Diffusion",
+    "emb_params": "an embedding",
+    "clip_l": "an embedding",
 }
 """Beginnings of keys that give away what a file is instead."""
+
+VELOCITY_IN_YAML = re.compile(r"""parameterization["']?\s*:\s*["']?(v|eps)\b""")
+COMFY_KEY = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+COMFY_SPREAD = 0.09
+"""Standard deviation of that bias, above which ComfyUI takes Stable Diffusion 2.x for one that
+predicts velocities."""
+
+ROWS = (Form.FIRST_ROWS, Form.SECOND_ROWS, Form.THIRD_ROWS)
 
 
 class Weights(NamedTuple):
     """What a file holds, under diffusers' names, dtype as stored."""
 
-    unet: dict[str, Any]
-    vae: dict[str, Any]
-    text_encoder: dict[str, Any]
+    parts: dict[str, dict[str, Any]]
+    """Folder of the network -> its weights."""
     ignored: list[str]
-    """The file's keys that are no weights of the three."""
+    """The file's keys that are no weights of the networks."""
 
 
 def to_webui(model: Model) -> dict[str, Any]:
-    """The model's weights under the file's keys and in its forms; arrays are shared."""
-    table = names(model.unet.config, model.vae.config, model.text_encoder.config)
-    stored = {
-        f"{part}.{name}": array
-        for part in NETWORKS
-        for name, array in getattr(model, part).params.items()
-    }
-    return {
-        key: stored[name][:, :, None, None] if name in VAE_CONVS else stored[name]
-        for name, key in table.items()
+    """The model's weights under the file's keys and in its forms; most arrays are shared."""
+    pieces: dict[str, dict[Form, Any]] = {}
+    for name, place in names(model.family, model.configs.parts).items():
+        part, _, rest = name.partition(".")
+        pieces.setdefault(place.key, {})[place.form] = model.parts[part].params[rest]
+    stored = {key: _put(forms) for key, forms in pieces.items()}
+    if model.family is families.SD2:
+        stored |= _last_block(stored, model.configs.parts["text_encoder"])
+    return stored
+
+
+def _put(forms: Mapping[Form, Any]) -> Any:
+    """A tensor of the file from the weights that it is made of."""
+    if len(forms) > 1:
+        return np.concatenate([forms[form] for form in ROWS])
+    ((form, weight),) = forms.items()
+    if form is Form.CONV:
+        return weight[:, :, None, None]
+    return weight.T if form is Form.TRANSPOSED else weight
+
+
+def _take(form: Form, tensor: Any) -> Any:
+    """A weight from the tensor of the file that it is in."""
+    if form in ROWS:
+        size = len(tensor) // len(ROWS)
+        start = ROWS.index(form) * size
+        return tensor[start : start + size]
+    if form is Form.CONV:
+        return tensor.reshape(tensor.shape[:2])
+    return tensor.T if form is Form.TRANSPOSED else tensor
+
+
+def _last_block(stored: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """What Stable Diffusion 2.x's file has and its diffusers folder lacks, so that nothing is
+    reported missing: the last of OpenCLIP's blocks, which is never run, and its projection."""
+    prefix = families.SD2.text_prefixes["text_encoder"]
+    count, width = config["num_hidden_layers"], config["hidden_size"]
+    last, more = (f"{prefix}transformer.resblocks.{i}." for i in (count - 1, count))
+    copied = {more + key.removeprefix(last): array for key, array in stored.items() if last in key}
+    dtype = stored[f"{prefix}ln_final.weight"].dtype
+    return copied | {
+        f"{prefix}text_projection": np.eye(width, dtype=dtype),
+        f"{prefix}logit_scale": np.ones((), dtype),
     }
 
 
 def write(path: Path, model: Model, dtype: str | None = "fp16", title: str = "") -> None:
     """Writes the model as one file, with ModelSpec 1.0.1 metadata.
 
+    Beside one of Stable Diffusion 1.x or 2.x that predicts velocities a YAML file says so.
+
     Args:
         path: the file.
         model: what to write.
         dtype: `fp32`, `fp16` or `bf16`; `None` keeps each weight as it is stored.
         title: the model's name; the file's, if empty.
-
-    Raises:
-        UserError: the model is no Stable Diffusion 1.x.
     """
-    stored = to_webui(model)
-    if dtype is not None:
-        stored = params.cast(stored, params.DTYPES[dtype])
-    params.save(path, stored, _metadata(model, title or path.stem))
+    stored = to_webui(model) | _marks(model)
+    metadata = _metadata(model, title or path.stem)
+    tensor_file.write(path, stored, metadata, dtype and params.DTYPES[dtype])
+    beside = path.with_suffix(".yaml")
+    if predicts_velocity(model) and not model.family.is_xl:
+        beside.write_text(ldm_config.text(model.configs), "utf-8")
+    elif beside.is_file() and ldm_config.is_ours(beside):
+        beside.unlink()  # of a model that was there before
+
+
+def predicts_velocity(model: Model) -> bool:
+    """Whether the UNet predicts velocities, not noise."""
+    return model.scheduler.get("prediction_type") == "v_prediction"
+
+
+def _marks(model: Model) -> dict[str, Any]:
+    """Empty tensors by which webuis know an XL model that predicts velocities."""
+    marks = {}
+    if model.family.is_xl and predicts_velocity(model):
+        marks["v_pred"] = np.zeros(0, np.float32)
+        if model.scheduler.get("rescale_betas_zero_snr"):
+            marks["ztsnr"] = np.zeros(0, np.float32)
+    return marks
 
 
 def _metadata(model: Model, title: str) -> dict[str, str]:
     """https://github.com/Stability-AI/ModelSpec; no date, so that equal models stay equal."""
-    scale = 2 ** (len(model.vae.config["block_out_channels"]) - 1)
-    size = scale * model.unet.config.get("sample_size", 64)
-    is_v = model.scheduler.get("prediction_type") == "v_prediction"
+    scale = 2 ** (len(model.parts["vae"].config["block_out_channels"]) - 1)
+    size = scale * model.parts["unet"].config.get("sample_size", 64)
+    is_v = predicts_velocity(model)
+    architecture = model.family.architecture
+    if model.family is families.SD2:
+        architecture += "-768-v" if is_v else "-512"
     return {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "stable-diffusion-v1",
+        "modelspec.architecture": architecture,
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title,
         "modelspec.resolution": f"{size}x{size}",
         "modelspec.prediction_type": "v" if is_v else "epsilon",
+        "modelspec.hash_sha256": "",  # the writer fills it in
     }
 
 
-def read(path: Path, configs: Configs = SD15) -> Weights:
+def detect(keys: Mapping[str, Any], source: str) -> Family:
+    """The family of a file, from its keys.
+
+    Raises:
+        UserError: it is something else; says what.
+    """
+    for prefix, kind in OTHER_MODELS.items():
+        if any(key.startswith(prefix) for key in keys):
+            raise UserError(f"{source}: this is {kind}, not a Stable Diffusion model in one file")
+    for mark, family in MARKS.items():
+        if any(key.startswith(mark) for key in keys):
+            return family
+    if any(key.startswith("model.diffusion_model.") for key in keys):
+        raise UserError(
+            f"{source}: has a UNet and no text encoder (no keys that begin with "
+            f"{' or '.join(MARKS)}); get the whole model"
+        )
+    raise UserError(f"{source}: is no Stable Diffusion model in one file")
+
+
+def prediction(path: Path, stored: Mapping[str, Any], family: Family) -> tuple[str, str] | None:
+    """What a file's UNet predicts (`epsilon`, `v_prediction`), and what says so.
+
+    None where nothing does.
+    """
+    beside = path.with_suffix(".yaml")
+    if beside.is_file() and (
+        found := VELOCITY_IN_YAML.search(beside.read_text("utf-8", "replace"))
+    ):
+        return ("v_prediction" if found[1] == "v" else "epsilon"), f"parameterization in {beside}"
+    if "v_pred" in stored:
+        return "v_prediction", "the key v_pred"
+    metadata = tensor_file.read_header(path).metadata if path.suffix == ".safetensors" else {}
+    if told := metadata.get("modelspec.prediction_type"):
+        return ("v_prediction" if told.startswith("v") else "epsilon"), f"its metadata ({told})"
+    if family is families.SD2 and COMFY_KEY in stored:
+        spread = float(np.std(np.asarray(stored[COMFY_KEY], np.float32)))
+        kind = "v_prediction" if spread > COMFY_SPREAD else "epsilon"
+        return kind, f"ComfyUI's rule (a bias spreads by {spread:.3f}; velocities: over 0.09)"
+    return None
+
+
+def read(path: Path, configs: Configs) -> Weights:
     """Reads a file's weights; the file has no configurations, so they are given.
 
     Raises:
-        UserError: the file is not readable, or lacks weights, or has ones that the
-            configurations do not, or of another shape (each is listed).
+        UserError: the file is not readable, is of another family, or lacks weights, or has ones
+            that the configurations do not, or of another shape (each is listed).
     """
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path}: only .safetensors files are read, no pickled checkpoints")
-    stored = params.load(path)
-    for prefix, kind in OTHER_MODELS.items():
-        if any(key.startswith(prefix) for key in stored):
-            raise UserError(f"{path}: this is a {kind} file; jaxft reads Stable Diffusion 1.x")
-    table = names(configs.unet, configs.vae, configs.text_encoder)
-    for key in table.values():
-        alias = next((other for other in ALIASES.get(key, ()) if other in stored), None)
-        if key not in stored and alias:
-            stored[key] = stored.pop(alias)
-    ignored = sorted(k for k in stored if k in IGNORED or k.startswith(IGNORED_PREFIXES))
+    return from_tensors(tensor_file.read(path), configs, str(path))
+
+
+def from_tensors(stored: dict[str, Any], configs: Configs, source: str) -> Weights:
+    """The weights in a file's tensors; see `read`."""
+    family = detect(stored, source)
+    if family != configs.family:
+        raise UserError(
+            f"{source}: this is a {family.title}, and the configurations are those of a "
+            f"{configs.family.title}"
+        )
+    table = names(family, configs.parts)
+    for place in table.values():
+        alias = next((other for other in ALIASES.get(place.key, ()) if other in stored), None)
+        if place.key not in stored and alias:
+            stored[place.key] = stored.pop(alias)
+    ignored = _ignored(stored, family, configs, {place.key for place in table.values()})
     for key in ignored:
         del stored[key]
-    params.check(stored, _expected(table, configs, stored), str(path))
+    params.check(stored, _expected(table, configs, stored), source)
 
-    found: dict[str, dict[str, Any]] = {part: {} for part in NETWORKS}
-    for name, key in table.items():
+    parts: dict[str, dict[str, Any]] = {part: {} for part in configs.parts}
+    for name, place in table.items():
         part, _, rest = name.partition(".")
-        array = stored.pop(key)
-        found[part][rest] = array.reshape(array.shape[:2]) if name in VAE_CONVS else array
-    return Weights(**found, ignored=ignored)
+        parts[part][rest] = _take(place.form, stored[place.key])
+    return Weights(parts, ignored)
+
+
+def _ignored(
+    stored: Mapping[str, Any], family: Family, configs: Configs, known: set[str]
+) -> list[str]:
+    """The file's keys that are no weights of the networks."""
+    constants = set(IGNORED)
+    prefixes: list[str] = [*IGNORED_PREFIXES]
+    for part, prefix in family.text_prefixes.items():
+        constants |= {prefix + name for name in IGNORED_OF_TEXT}
+        if part in family.openclip:  # a block more than are run
+            count = configs.parts[part]["num_hidden_layers"]
+            prefixes.append(f"{prefix}transformer.resblocks.{count}.")
+    found = (key for key in stored if key in constants or key.startswith(tuple(prefixes)))
+    return sorted(key for key in found if key not in known)
 
 
 def _expected(
-    table: Mapping[str, str], configs: Configs, stored: Mapping[str, np.ndarray]
+    table: Mapping[str, Place], configs: Configs, stored: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Keys and shapes of a file with these configurations; a VAE_CONVS one also as linear."""
+    """Keys and shapes of a file with these configurations; a convolution also as a matrix."""
     known = {
         f"{part}.{name}": shape
-        for part in NETWORKS
-        for name, shape in shapes(part, getattr(configs, part)).items()
+        for part, network in configs.family.networks.items()
+        for name, shape in shapes(network, configs.parts[part]).items()
     }
     expected = {}
-    for name, key in table.items():
-        is_conv = name in VAE_CONVS and (key not in stored or stored[key].ndim != 2)
+    for name, (key, form) in table.items():
         shape, dtype = known[name].shape, known[name].dtype
-        expected[key] = jax.ShapeDtypeStruct((*shape, 1, 1), dtype) if is_conv else known[name]
+        if form is Form.CONV and (key not in stored or stored[key].ndim != 2):
+            shape = (*shape, 1, 1)
+        elif form in ROWS:
+            shape = (len(ROWS) * shape[0], *shape[1:])
+        elif form is Form.TRANSPOSED:
+            shape = shape[::-1]
+        expected[key] = jax.ShapeDtypeStruct(shape, dtype)
     return expected

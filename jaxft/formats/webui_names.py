@@ -1,22 +1,39 @@
-"""Names of Stable Diffusion 1.x weights in diffusers and in the single file, side by side.
+"""Names of Stable Diffusion's weights in diffusers and in the single file, side by side.
 
 Made from the architecture, module by module: each pair is written once, so the table is one to
 one. The file's names are those of CompVis' latent-diffusion, which numbers the UNet's blocks
-through (`input_blocks.7.1`) and counts the VAE's decoder levels from the image's side.
+through (`input_blocks.7.1`) and counts the VAE's decoder levels from the image's side; larger text
+encoders have OpenCLIP's names.
 """
 
+import enum
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from jaxft.errors import UserError
+from jaxft.formats.families import CLASS_OF, Family
 from jaxft.models import clip, unet, vae
 from jaxft.models.options import per_level
 
-PREFIXES = {
-    "unet": "model.diffusion_model.",
-    "vae": "first_stage_model.",
-    "text_encoder": "cond_stage_model.transformer.",
-}
+
+class Form(enum.Enum):
+    """How a weight lies in the file."""
+
+    SAME = "as in diffusers"
+    CONV = "a matrix [o, i] as a 1x1 convolution [o, i, 1, 1]"
+    TRANSPOSED = "a matrix with its axes exchanged"
+    FIRST_ROWS = "the first third of the rows"
+    SECOND_ROWS = "the second third of the rows"
+    THIRD_ROWS = "the last third of the rows"
+
+
+class Place(NamedTuple):
+    """Where in the file a weight is."""
+
+    key: str
+    form: Form = Form.SAME
+
+
+PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
 
 UNET_ENDS = {
     "time_embedding.linear_1": "time_embed.0",
@@ -42,6 +59,7 @@ VAE_ENDS = {
     "decoder.conv_norm_out": "decoder.norm_out",
     "decoder.conv_out": "decoder.conv_out",
 }
+UNET_ADDED = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
 VAE_RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")}
 VAE_ATTENTION = {
     "group_norm": "norm",
@@ -57,35 +75,59 @@ TEXT_LAYER = (
     *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")),
     *("layer_norm1", "mlp.fc1", "mlp.fc2", "layer_norm2"),
 )
+OPENCLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "self_attn.out_proj": "attn.out_proj",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+OPENCLIP_ROWS = {
+    "self_attn.q_proj": Form.FIRST_ROWS,
+    "self_attn.k_proj": Form.SECOND_ROWS,
+    "self_attn.v_proj": Form.THIRD_ROWS,
+}
+"""Layers that OpenCLIP keeps in one, `attn.in_proj`."""
+
+OPENCLIP_ENDS = {
+    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm.weight": "ln_final.weight",
+    "text_model.final_layer_norm.bias": "ln_final.bias",
+}
+VAE_MATRICES = frozenset(
+    f"{half}.mid_block.attentions.0.{layer}.weight"
+    for half in ("encoder", "decoder")
+    for layer in ("to_q", "to_k", "to_v", "to_out.0")
+)
+"""Linear in diffusers, 1x1 convolutions in the file."""
 
 Pairs = Iterator[tuple[str, str]]
 
 
-def names(
-    unet_config: Mapping[str, Any], vae_config: Mapping[str, Any], text_config: Mapping[str, Any]
-) -> dict[str, str]:
-    """Diffusers' name -> webui key, for every weight; one to one.
+def names(family: Family, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Place]:
+    """Diffusers' name -> place in the file, for every weight; one to one.
 
     Diffusers' names carry the network: `unet.conv_in.weight`, `vae.…`, `text_encoder.…`.
 
-    Raises:
-        UserError: the model is no Stable Diffusion 1.x.
+    Args:
+        family: of the pipeline.
+        configs: folder -> `config.json`, of its networks.
     """
-    if unet_config.get("use_linear_projection"):
-        raise UserError(
-            "unet: use_linear_projection: this is a Stable Diffusion 2.x or XL; "
-            "only 1.x can be read from and written to a webui file"
-        )
-    pairs = {
-        "unet": _unet({**unet.FREE, **unet_config}),
-        "vae": _vae({**vae.FREE, **vae_config}),
-        "text_encoder": _text_encoder({**clip.FREE, **text_config}),
+    table = {
+        f"unet.{ours}": Place(PREFIXES["unet"] + theirs)
+        for ours, theirs in _unet({**unet.FREE, **configs["unet"]})
     }
-    return {
-        f"{part}.{ours}": PREFIXES[part] + theirs
-        for part, listing in pairs.items()
-        for ours, theirs in listing
-    }
+    for ours, theirs in _vae({**vae.FREE, **configs["vae"]}):
+        form = Form.CONV if ours in VAE_MATRICES else Form.SAME
+        table[f"vae.{ours}"] = Place(PREFIXES["vae"] + theirs, form)
+    for part, prefix in family.text_prefixes.items():
+        config = {**clip.FREE, **configs[part]}
+        projected = CLASS_OF[part] == "CLIPTextModelWithProjection"
+        listing = _openclip(config, projected) if part in family.openclip else _clip(config)
+        for ours, place in listing:
+            table[f"{part}.{ours}"] = place._replace(key=prefix + place.key)
+    return table
 
 
 def _layer(ours: str, theirs: str) -> Pairs:
@@ -103,7 +145,8 @@ def _unet(config: Mapping[str, Any]) -> Pairs:
     last = len(widths) - 1
     layers = per_level(config["layers_per_block"], len(widths))
     depths = per_level(config["transformer_layers_per_block"], len(widths))
-    for ours, theirs in UNET_ENDS.items():
+    ends = UNET_ENDS | (UNET_ADDED if config["addition_embed_type"] else {})
+    for ours, theirs in ends.items():
         yield from _layer(ours, theirs)
 
     skips, width, n = [widths[0]], widths[0], 1  # channels kept and at hand; the file's counter
@@ -194,7 +237,8 @@ def _vae_level(ours: str, theirs: str, layers: int, shortcut: bool) -> Pairs:
         yield from _layer(f"{ours}.resnets.0.conv_shortcut", f"{theirs}.block.0.nin_shortcut")
 
 
-def _text_encoder(config: Mapping[str, Any]) -> Pairs:
+def _clip(config: Mapping[str, Any]) -> Iterator[tuple[str, Place]]:
+    """A text encoder under the names that transformers has too."""
     count = config["num_hidden_layers"]
     layers = [f"encoder.layers.{i}.{name}" for i in range(count) for name in TEXT_LAYER]
     for name in (
@@ -202,4 +246,19 @@ def _text_encoder(config: Mapping[str, Any]) -> Pairs:
         "embeddings.position_embedding.weight",
         *_parameters([*layers, "final_layer_norm"]),
     ):
-        yield f"text_model.{name}", f"text_model.{name}"
+        yield f"text_model.{name}", Place(f"text_model.{name}")
+
+
+def _openclip(config: Mapping[str, Any], projected: bool) -> Iterator[tuple[str, Place]]:
+    """A text encoder under OpenCLIP's names."""
+    for ours, theirs in OPENCLIP_ENDS.items():
+        yield ours, Place(theirs)
+    for i in range(config["num_hidden_layers"]):
+        layer, block = f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}"
+        for ours, theirs in _layers(layer, block, OPENCLIP_LAYER):
+            yield ours, Place(theirs)
+        for name, rows in OPENCLIP_ROWS.items():
+            for leaf in ("weight", "bias"):
+                yield f"{layer}.{name}.{leaf}", Place(f"{block}.attn.in_proj_{leaf}", rows)
+    if projected:
+        yield "text_projection.weight", Place("text_projection", Form.TRANSPOSED)

@@ -156,6 +156,7 @@ class AutoencoderKL(nnx.Module):
 
     def __init__(self, config: Mapping[str, Any]):
         o = options.read("vae", config, FREE, FIXED, IGNORED)
+        self.scale = downsampling(config)
         self.encoder = Encoder(o)
         self.decoder = Decoder(o)
         self.quant_conv = Conv2d(2 * o.latent_channels, 2 * o.latent_channels, 1)

@@ -19,7 +19,7 @@ from demo_base.fit import Recipe, fit
 from jaxft import params, step
 from jaxft.data.tokens import Tokenizer
 from jaxft.diffusion import schedule
-from jaxft.formats import diffusers_folder
+from jaxft.formats import families
 from jaxft.models.vae import AutoencoderKL
 from jaxft.shapes import Params
 
@@ -127,7 +127,7 @@ def train(
     """The weights of UNet and text encoder, trained together from nothing."""
     cached = cache_moments(folder / "latents", vae, seed)
     parts = {
-        name: params.abstract(lambda name=name: diffusers_folder.NETWORKS[name](configs[name]))
+        name: params.abstract(lambda name=name: families.SD1.networks[name](configs[name]))
         for name in ("unet", "text_encoder")
     }
     objective = step.Objective(

@@ -1,0 +1,395 @@
+"""LoRA files in their three forms: kohya's (webuis), PEFT's (diffusers), HCP-Diffusion's.
+
+A LoRA adds `alpha / rank · up · down` to a layer's weight; Hu et al. 2021
+(https://arxiv.org/abs/2106.09685). Here it is, for each network, a dict from a module's name to its
+two factors; a file's form is only a matter of names, and of where alpha stands.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxft import params, tensor_file
+from jaxft.errors import UserError
+from jaxft.formats import diffusers_folder, families
+from jaxft.formats.diffusers_folder import Configs
+from jaxft.formats.webui_names import PREFIXES, names
+from jaxft.patterns import match
+
+
+class LowRank(NamedTuple):
+    """The factors of one layer: down [r, i] or [r, i, h, w], up [o, r] or [o, r, 1, 1]."""
+
+    down: Any
+    up: Any
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        """Rows of `down`."""
+        return len(self.down)
+
+    @property
+    def scale(self) -> float:
+        """What the product is multiplied by."""
+        return self.alpha / self.rank
+
+    def delta(self) -> np.ndarray:
+        """What is added to the layer's weight at strength 1, float32, in the weight's shape."""
+        down, up = (np.asarray(factor, np.float32) for factor in (self.down, self.up))
+        product = up.reshape(len(up), -1) @ down.reshape(len(down), -1)
+        return self.scale * product.reshape(len(up), *down.shape[1:])
+
+
+Lora = dict[str, dict[str, LowRank]]
+"""Network's folder -> module -> factors."""
+
+KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
+KOHYA_XL_PREFIXES = KOHYA_PREFIXES | {"text_encoder": "lora_te1"}
+KOHYA_ENDS = ("lora_down.weight", "lora_up.weight", "alpha")
+VERSIONS = {"stable-diffusion-v1": "sd_v1", "stable-diffusion-v2": "sd_v2"}
+"""ModelSpec's architecture -> kohya's name of the base; XL's is its own."""
+
+TEXT_PREFIX = "text_model."
+"""Of the text encoders' modules, but not in transformers since 5.6."""
+
+PEFT_METADATA = "lora_adapter_metadata"
+"""Where diffusers looks for ranks and alphas."""
+
+OTHER_KINDS = {
+    ".dora_scale": "DoRA",
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    "lora_mid": "LoCon in Tucker form",
+    "oft_": "OFT",
+    ".diff.": "full difference",
+    "w_norm": "trained norms",
+    "a1.weight": "GLoRA",
+}
+"""Parts of keys -> the kind of adapter that has them."""
+
+
+def modules(configs: Configs) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Network -> module -> shape of its weight, for every layer that can have a LoRA."""
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for part, network in configs.family.networks.items():
+        shapes = diffusers_folder.shapes(network, configs.parts[part])
+        found[part] = {
+            name.removesuffix(".weight"): leaf.shape
+            for name, leaf in shapes.items()
+            if name.endswith(".weight") and leaf.ndim > 1 and "embedding.weight" not in name
+        }
+    del found["vae"]
+    return found
+
+
+def kohya_names(configs: Configs) -> dict[tuple[str, str], str]:
+    """(network, module) -> beginning of kohya's keys, without the dot; one to one.
+
+    Those of Stable Diffusion XL's UNet come from the single file's names, as webuis expect.
+    """
+    is_xl = configs.family.is_xl
+    prefixes = KOHYA_XL_PREFIXES if is_xl else KOHYA_PREFIXES
+    table = names(configs.family, configs.parts) if is_xl else {}
+    keys = {}
+    for part, layers in modules(configs).items():
+        for module in layers:
+            name = module
+            if is_xl and part == "unet":
+                key = table[f"unet.{module}.weight"].key
+                name = key.removeprefix(PREFIXES["unet"]).removesuffix(".weight")
+            keys[part, module] = f"{prefixes[part]}_{name.replace('.', '_')}"
+    return keys
+
+
+def read(path: Path, configs: Configs) -> Lora:
+    """Reads a LoRA of any of the three forms.
+
+    Args:
+        path: the file.
+        configs: of the model that it belongs to.
+
+    Raises:
+        UserError: the file is unreadable, no LoRA, of a kind that is not supported, or made for
+            another model.
+    """
+    stored = tensor_file.read(path)
+    metadata = tensor_file.read_header(path).metadata
+    for key in stored:
+        for mark, kind in OTHER_KINDS.items():
+            if mark in f"{key}.":
+                raise UserError(f"{path}: not supported: {kind} ({key})")
+    if any(key.startswith("lora:") for key in stored):
+        lora = _from_hcp(stored, path)
+    elif any(".lora_A." in key for key in stored):
+        lora = _from_peft(stored, metadata, path)
+    elif any(key.endswith("lora_down.weight") for key in stored):
+        lora = _from_kohya(stored, configs, path)
+    else:
+        raise UserError(f"{path}: holds no LoRA in kohya's, PEFT's or HCP-Diffusion's form")
+    _check(lora, configs, path)
+    return lora
+
+
+def _check(lora: Lora, configs: Configs, path: Path) -> None:
+    """Raises UserError unless every layer is one of the model's, and its factors fit."""
+    known, problems = modules(configs), []
+    for part, layers in lora.items():
+        for module, low in layers.items():
+            shape = known.get(part, {}).get(module)
+            if shape is None:
+                problems.append(f"{part}: {module}: the model has no such layer")
+                continue
+            made = (len(low.up), *low.down.shape[1:])
+            if _flat(made) != _flat(shape):
+                problems.append(f"{part}: {module}: makes {made}, the layer has {shape}")
+            elif low.up.shape[1] != low.rank:
+                problems.append(f"{part}: {module}: ranks {low.up.shape[1]} and {low.rank}")
+    if problems:
+        more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
+        raise UserError(
+            f"{path}: this LoRA was made for another model than {configs.family.title}:\n  "
+            + "\n  ".join([*problems[:8], *more])
+        )
+
+
+def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a 1x1 convolution as that of a matrix."""
+    return shape[:2] if shape[2:] == (1, 1) else shape
+
+
+# ------------------------------------------------------------------------------------------ kohya
+
+
+def _from_kohya(stored: Mapping[str, Any], configs: Configs, path: Path) -> Lora:
+    places = {key: place for place, key in kohya_names(configs).items()}
+    if configs.family.is_xl:  # some trainers write diffusers' names for XL too
+        for part, module in [*places.values()]:
+            alias = f"{KOHYA_XL_PREFIXES[part]}_{module.replace('.', '_')}"
+            places.setdefault(alias, (part, module))
+    lora: Lora = {}
+    unknown = []
+    for key in stored:
+        start, _, end = key.partition(".")
+        if start not in places or end not in KOHYA_ENDS:
+            unknown.append(key)
+        elif end == "lora_down.weight":
+            part, module = places[start]
+            up = stored.get(f"{start}.lora_up.weight")
+            if up is None:
+                raise UserError(f"{path}: {start}.lora_up.weight is missing")
+            alpha = float(stored.get(f"{start}.alpha", 0)) or float(len(stored[key]))
+            lora.setdefault(part, {})[module] = LowRank(stored[key], up, alpha)
+    if unknown:
+        raise UserError(
+            f"{path}: this LoRA was made for another model than {configs.family.title}; it has "
+            f"{len(unknown)} keys that this model has no layers for, such as {unknown[0]}"
+        )
+    return lora
+
+
+def write_kohya(
+    path: Path,
+    lora: Lora,
+    configs: Configs,
+    dtype: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes the form that webuis read.
+
+    Args:
+        path: the file.
+        lora: what to write.
+        configs: of the model that it belongs to.
+        dtype: `fp32`, `fp16` or `bf16`; None: as it is.
+        metadata: more texts for the header.
+    """
+    table = kohya_names(configs)
+    stored = {}
+    for part, layers in lora.items():
+        for module, low in layers.items():
+            key = table[part, module]
+            stored[f"{key}.lora_down.weight"] = low.down
+            stored[f"{key}.lora_up.weight"] = low.up
+            stored[f"{key}.alpha"] = np.asarray(low.alpha, low.down.dtype)
+    texts = kohya_metadata(lora, configs, path.stem) | dict(metadata or {})
+    tensor_file.write(path, stored, texts, _dtype(dtype))
+
+
+def kohya_metadata(lora: Lora, configs: Configs, name: str) -> dict[str, str]:
+    """What webuis look at: the kind of base model, ranks, alphas."""
+    family = configs.family
+    velocity = "_v" if configs.scheduler.get("prediction_type") == "v_prediction" else ""
+    every = [low for layers in lora.values() for low in layers.values()]
+    ranks, alphas = ({getattr(low, what) for low in every} for what in ("rank", "alpha"))
+    architecture = family.architecture
+    if family is families.SD2:
+        architecture += "-768-v" if velocity else "-512"
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": name,
+        "modelspec.prediction_type": "v" if velocity else "epsilon",
+        "modelspec.hash_sha256": "",
+        "ss_base_model_version": VERSIONS.get(family.architecture, "sdxl_base_v1-0") + velocity,
+        "ss_v2": str(family.architecture == families.SD2.architecture),
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
+        "ss_network_args": "{}",
+        "ss_output_name": name,
+    }
+
+
+# ------------------------------------------------------------------------------------------- PEFT
+
+
+def _from_peft(stored: Mapping[str, Any], metadata: Mapping[str, str], path: Path) -> Lora:
+    try:
+        settings = json.loads(metadata.get(PEFT_METADATA, "{}"))
+    except ValueError:
+        raise UserError(f"{path}: {PEFT_METADATA} in its header is no JSON") from None
+    lora: Lora = {}
+    for key, down in stored.items():
+        start, mark, _ = key.partition(".lora_A.")
+        if not mark:
+            if ".lora_B." not in key:
+                raise UserError(f"{path}: {key} belongs to no LoRA in PEFT's form")
+            continue
+        part, _, module = start.partition(".")
+        up = stored.get(f"{start}.lora_B.{key.rpartition('.lora_A.')[2]}")
+        if up is None:
+            raise UserError(f"{path}: {start}.lora_B.weight is missing")
+        default = settings.get(f"{part}.lora_alpha", len(down))
+        patterns = settings.get(f"{part}.alpha_pattern") or {}
+        alpha = patterns.get(module, patterns.get(_unprefixed(module), default))
+        if part.startswith("text_encoder"):
+            module = f"{TEXT_PREFIX}{_unprefixed(module)}"
+        lora.setdefault(part, {})[module] = LowRank(down, up, float(alpha))
+    return lora
+
+
+def write_peft(path: Path, lora: Lora, dtype: str | None = None) -> None:
+    """Writes the form that diffusers' `load_lora_weights` and PEFT read, alphas in its header."""
+    stored, settings = {}, {}
+    for part, layers in lora.items():
+        ranks = {_unprefixed(module): low.rank for module, low in layers.items()}
+        alphas = {_unprefixed(module): low.alpha for module, low in layers.items()}
+        rank, alpha = (max(kind.values()) for kind in (ranks, alphas))
+        settings |= {
+            f"{part}.r": rank,
+            f"{part}.lora_alpha": alpha,
+            f"{part}.rank_pattern": {m: r for m, r in ranks.items() if r != rank},
+            f"{part}.alpha_pattern": {m: a for m, a in alphas.items() if a != alpha},
+            f"{part}.target_modules": sorted(ranks),
+        }
+        for module, low in layers.items():
+            stored[f"{part}.{module}.lora_A.weight"] = low.down
+            stored[f"{part}.{module}.lora_B.weight"] = low.up
+    text = json.dumps(settings, indent=2, sort_keys=True)
+    tensor_file.write(path, stored, {PEFT_METADATA: text}, _dtype(dtype))
+
+
+def _unprefixed(module: str) -> str:
+    """A module's name that PEFT, which compares ends, finds with and without the prefix."""
+    return module.removeprefix(TEXT_PREFIX)
+
+
+# -------------------------------------------------------------------------------------------- HCP
+
+
+def _from_hcp(stored: Mapping[str, Any], path: Path) -> Lora:
+    part = "unet"
+    if any(key.startswith("lora:text_model.") for key in stored):
+        part = "text_encoder"
+    layers: dict[str, LowRank] = {}
+    for key, down in stored.items():
+        if not key.startswith("lora:"):
+            continue
+        module, mark, end = key.removeprefix("lora:").partition(".___.")
+        if not mark:
+            raise UserError(f"{path}: {key} is no key of a LoRA in HCP-Diffusion's form")
+        down_ends = {"layer.W_down": "layer.W_up"}
+        down_ends |= {f"{kind}.lora_down.weight": f"{kind}.lora_up.weight" for kind in HCP_OLD}
+        if end not in down_ends:
+            continue
+        up = stored.get(f"lora:{module}.___.{down_ends[end]}")
+        if up is None:
+            raise UserError(f"{path}: lora:{module}.___.{down_ends[end]} is missing")
+        scale = float(stored.get(f"lora:{module}.___.alpha", 1 / len(down)))
+        layers[module] = LowRank(down, up, scale * len(down))
+    return {part: layers}
+
+
+HCP_OLD = ("layer", "lora_block")
+"""What the factors' parent was called in files of its first versions."""
+
+
+def write_hcp(path: Path, layers: Mapping[str, LowRank], dtype: str | None = None) -> None:
+    """Writes one network's LoRA as HCP-Diffusion's part file; its alpha is divided by the rank."""
+    stored = {}
+    for module, low in layers.items():
+        stored[f"lora:{module}.___.layer.W_down"] = low.down
+        stored[f"lora:{module}.___.layer.W_up"] = low.up
+        stored[f"lora:{module}.___.alpha"] = np.asarray(low.scale, np.float32)
+    tensor_file.write(path, stored, dtype=_dtype(dtype))
+
+
+def _dtype(name: str | None) -> Any:
+    return name and params.DTYPES[name]
+
+
+# ------------------------------------------------------------------------------------------ merge
+
+
+def choose(
+    layers: Mapping[str, LowRank],
+    weights: Mapping[str, Any],
+    patterns: str | Sequence[str],
+    source: str,
+) -> dict[str, LowRank]:
+    """The layers of a network's LoRA that patterns take (`jaxft.patterns`; `'all'`: all).
+
+    Raises:
+        UserError: there are none.
+    """
+    chosen = dict(layers)
+    if patterns != "all":
+        wanted = [patterns] if isinstance(patterns, str) else patterns
+        taken = set(match(wanted, weights, f"{source}: layers"))
+        chosen = {module: low for module, low in layers.items() if f"{module}.weight" in taken}
+    if not chosen:
+        raise UserError(f"{source}: layers: none of its layers lie in {patterns!r}")
+    return chosen
+
+
+def merge(
+    weights: Mapping[str, Any], layers: Mapping[str, LowRank], strength: float = 1.0
+) -> dict[str, Any]:
+    """Weights with a network's LoRA added, each in its own dtype; the rest are shared."""
+    merged = dict(weights)
+    for module, low in layers.items():
+        name = f"{module}.weight"
+        weight = np.asarray(merged[name])
+        delta = low.delta().reshape(weight.shape)
+        merged[name] = (weight.astype(np.float32) + strength * delta).astype(weight.dtype)
+    return merged
+
+
+def extract(tuned: Any, base: Any, rank: int) -> LowRank:
+    """The best factors of this rank for the difference of two weights, by SVD; alpha = rank.
+
+    Eckart and Young 1936. The singular values are shared out evenly between the factors.
+    """
+    difference = np.asarray(tuned, np.float32) - np.asarray(base, np.float32)
+    flat = difference.reshape(len(difference), -1)
+    rank = min(rank, *flat.shape)
+    u, s, vt = np.linalg.svd(flat, full_matrices=False)
+    root = np.sqrt(s[:rank])
+    down = (root[:, None] * vt[:rank]).reshape(rank, *difference.shape[1:])
+    up = u[:, :rank] * root
+    return LowRank(down, up.reshape(*up.shape, *(1,) * (difference.ndim - 2)), float(rank))

@@ -1,0 +1,86 @@
+"""What a file or folder of weights is, in lines for people."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from jaxft import tensor_file
+from jaxft.errors import UserError
+from jaxft.formats import diffusers_folder, webui
+from jaxft.tensor_file import Entry
+
+LORA_MARKS = {
+    "lora:": "HCP-Diffusion's",
+    ".lora_A.": "PEFT's (diffusers)",
+    ".lora_down.": "kohya's (webuis)",
+}
+"""Parts of keys -> whose form of LoRA has them."""
+
+DOWN = ("lora_down.weight", "lora_A.weight", "W_down")
+"""Ends of the keys of a LoRA's first factor, whose rows are its rank."""
+
+LONGEST = 100
+"""Characters of a text in the header that are shown."""
+
+
+def lines(path: Path) -> Iterator[str]:
+    """What it is, what it holds, what it says of itself.
+
+    Raises:
+        UserError: there is no such thing, or it is damaged.
+    """
+    if path.is_dir():
+        yield from _folder(path)
+        return
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    header = tensor_file.read_header(path)
+    yield f"{path}: {_kind(header.tensors, str(path))}"
+    yield f"  {_counted(header.tensors.values())}"
+    if ranks := _ranks(header.tensors):
+        yield f"  ranks: {ranks}"
+    for key, value in sorted(header.metadata.items()):
+        short = value if len(value) <= LONGEST else f"{value[:LONGEST]}… ({len(value)} characters)"
+        yield f"  {key}: {short}"
+
+
+def _folder(path: Path) -> Iterator[str]:
+    configs = diffusers_folder.read_configs(path)
+    yield f"{path}: {configs.family.title} as a diffusers folder"
+    prediction = configs.scheduler.get("prediction_type", "epsilon")
+    yield f"  scheduler: {configs.scheduler.get('_class_name', 'unnamed')}, predicts {prediction}"
+    for part in configs.parts:
+        for file in sorted((path / part).glob("*.safetensors")):
+            tensors = tensor_file.read_header(file).tensors
+            yield f"  {part}/{file.name}: {_counted(tensors.values())}"
+
+
+def _kind(tensors: Mapping[str, Entry], source: str) -> str:
+    for mark, whose in LORA_MARKS.items():
+        if any(mark in key for key in tensors):
+            return f"LoRA in {whose} form"
+    if any(key.startswith(("base:", "base_ema:")) for key in tensors):
+        return "trained weights of one network (HCP-Diffusion's part file)"
+    if tensors.keys() & {"emb_params", "clip_l", "clip_g"}:
+        return "embedding of a word"
+    try:
+        family = webui.detect(tensors, source)
+    except UserError:
+        return "weights under other names"
+    marks = " (predicts velocities: v_pred)" if "v_pred" in tensors else ""
+    return f"{family.title} in one file{marks}"
+
+
+def _counted(entries: Iterable[Entry]) -> str:
+    """Number and bytes of the tensors, by dtype."""
+    entries = list(entries)
+    count: Counter[str] = Counter(tensor_file.NAMES[entry.dtype] for entry in entries)
+    kinds = ", ".join(f"{number} {name}" for name, number in count.most_common())
+    size = sum(entry.end - entry.start for entry in entries)
+    return f"{len(entries)} tensors ({kinds}), {size / 1e6:.1f} MB"
+
+
+def _ranks(tensors: Mapping[str, Entry]) -> str:
+    """How many layers of a LoRA have which rank."""
+    ranks = Counter(entry.shape[0] for key, entry in tensors.items() if key.endswith(DOWN))
+    return ", ".join(f"{rank} in {count} layers" for rank, count in sorted(ranks.items()))
