@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from jaxft import inspection, params, pickled, tensor_file, verify
+from jaxft import inspection, low_rank, params, pickled, tensor_file, verify
 from jaxft.cli import run
 from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder, flax_folder, hcp, layout, lora, webui
@@ -160,10 +160,10 @@ def _from_one_file(path: Path, like: str | None) -> Model:
     configs = diffusers_folder.read_configs(folder)
     tokenizers = layout.find_tokenizers(folder)
     stored = _tensors(path)
-    if found := webui.prediction(path, stored, configs.family):
+    if found := webui.prediction(path, stored):
         kind, evidence = found
         print(f"{path}: {configs.family.title}, predicts {kind}: so says {evidence}")
-        configs.scheduler["prediction_type"] = kind
+        configs = configs._replace(scheduler=configs.scheduler | {"prediction_type": kind})
     weights = webui.from_tensors(stored, configs, str(path))
     if weights.ignored:
         print(f"left out {len(weights.ignored)} keys that are no weights:")
@@ -191,7 +191,7 @@ def _with_pickles(folder: Path) -> Model:
 def convert_lora(args: argparse.Namespace) -> int:
     """Writes LoRA files, one for each network or one for all, in another form."""
     configs = diffusers_folder.read_configs(layout.locate(args.model))
-    joined: lora.Lora = {}
+    joined: low_rank.Lora = {}
     for path in args.lora_path:
         for part, layers in lora.read(path, configs).items():
             if part in joined:
@@ -199,8 +199,7 @@ def convert_lora(args: argparse.Namespace) -> int:
             joined[part] = layers
     path: Path = args.save_path
     if args.to == "hcp":
-        for part, layers in joined.items():
-            lora.write_hcp(path / f"{part}.safetensors", layers, args.dtype)
+        lora.write_hcp(path, joined, args.dtype)
     elif args.to == "peft":
         lora.write_peft(path, joined, args.dtype)
     else:
@@ -229,8 +228,8 @@ def merge(args: argparse.Namespace) -> int:
     for path, alpha in map(_with_alpha, args.lora):
         for name, layers in lora.read(path, model.configs).items():
             component = model.parts[name]
-            chosen = lora.choose(layers, component.params, args.layers, str(path))
-            merged = lora.merge(component.params, chosen, alpha)
+            chosen = low_rank.choose(layers, component.params, args.layers, str(path))
+            merged = low_rank.merge(component.params, chosen, alpha)
             model = model.replace(**{name: component._replace(params=merged)})
     diffusers_folder.write(args.save_path, model, args.dtype)
     print(f"wrote {args.save_path}")
@@ -251,26 +250,29 @@ def _with_alpha(text: str) -> tuple[Path, float]:
 def _network_of(part: Mapping[str, Any], model: Model, path: Path) -> str:
     """The network that a part file's weights belong to."""
     for name, component in model.parts.items():
-        if part.keys() <= component.params.keys():
+        shapes = {key: array.shape for key, array in component.params.items()}
+        if all(shapes.get(key) == array.shape for key, array in part.items()):
             return name
     raise UserError(f"{path}: its weights are of no network of {model.folder}")
 
 
 def extract_lora(args: argparse.Namespace) -> int:
     """Writes what training changed in UNet and text encoders, layer by layer, as a LoRA."""
+    if args.rank < 1:
+        raise UserError(f"--rank: {args.rank} must be at least 1")
     base, tuned = (diffusers_folder.read(name) for name in (args.base, args.tuned))
     if base.family != tuned.family:
         raise UserError(
             f"{args.base} is a {base.family.title}, {args.tuned} a {tuned.family.title}"
         )
-    found: lora.Lora = {}
+    found: low_rank.Lora = {}
     for part, layers in lora.modules(base.configs).items():
         before, after = (model.parts[part].params for model in (base, tuned))
         params.check(after, before, args.tuned)
         for module in tqdm(layers, f"{part}: singular values", unit="layer"):
             pair = after[f"{module}.weight"], before[f"{module}.weight"]
             if np.any(np.asarray(pair[0]) != np.asarray(pair[1])):
-                found.setdefault(part, {})[module] = lora.extract(*pair, args.rank)
+                found.setdefault(part, {})[module] = low_rank.extract(*pair, args.rank)
     if not found:
         raise UserError(f"{args.tuned}: has the same layers as {args.base}")
     lora.write_kohya(args.save_path, found, base.configs, args.dtype)

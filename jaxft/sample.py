@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxft import __version__, compat, compile_cache, gallery, params
+from jaxft import __version__, compat, compile_cache, gallery, low_rank, params
 from jaxft import config as configuration
 from jaxft.cli import run
 from jaxft.config import Config
@@ -159,8 +159,8 @@ def load_model(config: Config) -> Model:
             )
         for item in group.lora.values():
             layers = lora.read(Path(item.path), model.configs).get(network, {})
-            chosen = lora.choose(layers, weights, item.layers, item.path)
-            weights = lora.merge(weights, chosen, item.alpha)
+            chosen = low_rank.choose(layers, weights, item.layers, item.path)
+            weights = low_rank.merge(weights, chosen, item.alpha)
         component = component._replace(params=weights)
         model = model.replace(**{network: component})
     return replace_components(model, config.new_components)

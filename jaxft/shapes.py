@@ -22,3 +22,6 @@ Timesteps = Num[Array, " b"]
 TokenIds = Int[Array, "b t"]
 TextStates = Float[Array, "b t d"]
 """What the UNet attends to, one state for each text position."""
+
+TEXT_INPUTS = {"text_encoder": "input_ids", "text_encoder_2": "input_ids_2"}
+"""Text encoder -> what its token ids are called in a batch."""

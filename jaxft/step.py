@@ -20,14 +20,10 @@ from jaxft import params
 from jaxft.diffusion import conditioning, losses, schedule
 from jaxft.models import vae
 from jaxft.models.encoder import Added
-from jaxft.shapes import Latents, Params, Pixels, Timesteps
+from jaxft.shapes import TEXT_INPUTS, Latents, Params, Pixels, Timesteps
 
 Weights = dict[str, Params]
 """Network (`unet`, `vae`, `text_encoder`) -> its weights, or some of them."""
-
-
-TEXT_INPUTS = {"text_encoder": "input_ids", "text_encoder_2": "input_ids_2"}
-"""Text encoder -> its token ids in a batch."""
 
 
 class TrainState(NamedTuple):

@@ -229,8 +229,9 @@ def write(
 
 
 def _stored(own: np.dtype, wanted: Any) -> np.dtype:
-    floating = wanted is not None and np.issubdtype(own, np.floating)
-    return np.dtype(wanted) if floating or (wanted and own == ml_dtypes.bfloat16) else own
+    """The dtype in the file: floating tensors have the one that is wanted."""
+    is_float = NAMES[own].startswith(("F", "BF"))
+    return np.dtype(wanted) if is_float and wanted is not None else own
 
 
 def _header(metadata: Mapping[str, str], entries: Mapping[str, Any], digest: str) -> bytes:

@@ -37,6 +37,7 @@ from jaxft.models.vae import AutoencoderKL
 from jaxft.params import abstract
 from jaxft.plan import Plan
 from jaxft.records import Numbers, Parts, export
+from jaxft.shapes import TEXT_INPUTS
 from jaxft.signals import Stop
 from jaxft.step import Objective, TrainState, Weights
 
@@ -248,7 +249,7 @@ def _one_of_each_shape(dataset: Dataset) -> list[dict[str, jax.ShapeDtypeStruct]
     for width, height in (shape.size for shape in dataset.shapes):
         batch: dict[str, tuple[tuple[int, ...], Any]] = {
             name: ((rows, repeats, 77), np.int32)
-            for name, _ in zip(loader.INPUTS, dataset.tokenizers, strict=False)
+            for name, _ in zip(TEXT_INPUTS.values(), dataset.tokenizers, strict=False)
         }
         batch["weight"] = ((rows,), np.float32)
         if dataset.with_sizes:

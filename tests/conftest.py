@@ -146,3 +146,22 @@ def nano_model(tiny_pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
         requires_safety_checker=False,
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Family -> the pipeline, and the folder that diffusers wrote for it; each made once. Not to
+    be written to."""
+    from tests.pipelines import make_pipeline
+
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            folder = tmp_path_factory.mktemp("families")
+            pipeline = make_pipeline(kind, folder / "tokenizer")
+            pipeline.save_pretrained(folder / "model")
+            made[kind] = pipeline, folder / "model"
+        return made[kind]
+
+    return make

@@ -13,6 +13,7 @@ LAYERS = (
     {"builtin", "tensor_file"},
     {"arithmetic", "checkpoint", "cli", "compile_cache", "gallery", "lock", "log", "mesh"}
     | {"params", "patterns", "schema", "signals", "data", "models"},
+    {"low_rank"},
     {"diffusion", "foreign", "formats", "tuning"},
     {"compat", "config", "step"},
     {"compiled", "inspection", "pickled", "plan", "verify"},

@@ -16,107 +16,14 @@ from jaxft.errors import UserError
 from jaxft.formats import (
     diffusers_folder,
     families,
-    layout,
+    hcp,
     ldm_config,
     published,
     webui,
 )
 from jaxft.formats.webui_names import Form, names
+from tests.pipelines import FAMILIES, WIDTHS, in_files
 from tests.test_formats import same_bits
-from tests.test_models import UNETS
-from tests.weights import randomise
-
-FAMILIES = {
-    "sd1 inpainting": families.SD1,
-    "sd2": families.SD2,
-    "sdxl": families.SDXL,
-    "sdxl refiner": families.REFINER,
-}
-WIDTHS = {"text_encoder": 24, "text_encoder_2": 20}
-
-
-def text_encoder(size: int, part: str) -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    network = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
-    return network(
-        CLIPTextConfig(
-            hidden_size=WIDTHS[part],
-            intermediate_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            vocab_size=size,
-            projection_dim=20,
-            hidden_act="gelu",
-            bos_token_id=size - 2,
-            eos_token_id=size - 1,
-        )
-    )
-
-
-def make_pipeline(kind: str, tokenizer_folder) -> Any:
-    """diffusers' pipeline of a family, tiny widths, random weights."""
-    import diffusers
-    from transformers import CLIPTokenizer
-
-    family = FAMILIES[kind]
-    size = random_model.write_tokenizer(tokenizer_folder)
-    cross = sum(WIDTHS[part] for part in family.text_encoders)
-    unet = UNETS[kind] | {"norm_num_groups": 16, "cross_attention_dim": cross, "sample_size": 8}
-    if kind == "sdxl refiner":
-        unet["projection_class_embeddings_input_dim"] = 20 + 5 * 8
-    prediction = "v_prediction" if kind == "sd2" else "epsilon"
-    vae = {
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "block_out_channels": (8, 16, 16, 16),
-        "norm_num_groups": 8,
-        "sample_size": 64,
-        "scaling_factor": 0.13025,
-    }
-    parts: dict[str, Any] = {
-        "unet": randomise(diffusers.UNet2DConditionModel(**unet), 1),
-        "vae": randomise(diffusers.AutoencoderKL(**vae), 2),
-        "scheduler": diffusers.DDIMScheduler(
-            **random_model.SCHEDULER | {"prediction_type": prediction}
-        ),
-    }
-    for part, name in layout.TOKENIZERS.items():
-        if part in family.text_encoders:
-            parts[part] = randomise(text_encoder(size, part), 3)
-            parts[name] = CLIPTokenizer.from_pretrained(tokenizer_folder)
-        elif family.is_xl:
-            parts |= {part: None, name: None}
-    if not family.is_xl:
-        parts |= {"safety_checker": None, "feature_extractor": None}
-        parts["requires_safety_checker"] = False
-    return getattr(diffusers, families.pipeline(family, unet))(**parts)
-
-
-def in_files(part: str, module: Any) -> dict[str, np.ndarray]:
-    """A torch network's weights, under the names of the files."""
-    own = ("text_model.", "text_projection.") if part in WIDTHS else ("",)
-    return {
-        name if name.startswith(own) else f"text_model.{name}": value.detach().cpu().numpy()
-        for name, value in module.named_parameters()
-    }
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Family -> the pipeline, and the folder that diffusers wrote for it; each made once."""
-    made = {}
-
-    def make(kind):
-        if kind not in made:
-            folder = tmp_path_factory.mktemp("families")
-            pipeline = make_pipeline(kind, folder / "tokenizer")
-            pipeline.save_pretrained(folder / "model")
-            made[kind] = pipeline, folder / "model"
-        return made[kind]
-
-    return make
-
 
 # ------------------------------------------------------------------------------- there and back
 
@@ -191,6 +98,30 @@ def test_velocities_are_told_in_the_files_beside_and_inside(folders, tmp_path, c
         assert "predicts v_prediction" in capsys.readouterr().out
         webui.write(file, model._replace(scheduler=random_model.SCHEDULER), "fp32")
         assert not file.with_suffix(".yaml").exists()
+
+
+def test_a_users_yaml_file_is_not_replaced(folders, tmp_path):
+    _, folder = folders("sd2")
+    (tmp_path / "m.yaml").write_text("model: mine")
+    with pytest.raises(UserError, match=r"m\.yaml is in the way"):
+        webui.write(tmp_path / "m.safetensors", diffusers_folder.read(str(folder)), "fp32")
+    assert (tmp_path / "m.yaml").read_text() == "model: mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["m.yaml"]
+
+
+def test_a_part_goes_to_the_text_encoder_that_it_fits(folders, tmp_path):
+    """The second encoder of XL has layers of the same names as the first."""
+    _, folder = folders("sdxl")
+    model = diffusers_folder.read(str(folder))
+    name = "text_model.encoder.layers.0.mlp.fc1.weight"
+    weight = model.parts["text_encoder_2"].params[name] + 1
+    hcp.write_part(tmp_path / "part.safetensors", {name: weight})
+    paths = ["--model_path", str(folder), "--part", str(tmp_path / "part.safetensors")]
+    assert convert.main(["merge", *paths, "--save_path", str(tmp_path / "m")]) == 0
+    merged = diffusers_folder.read(str(tmp_path / "m"))
+    np.testing.assert_array_equal(merged.parts["text_encoder_2"].params[name], weight)
+    first = model.parts["text_encoder"].params
+    assert same_bits(merged.parts["text_encoder"].params, first)
 
 
 def test_the_yaml_file_is_that_of_the_original():

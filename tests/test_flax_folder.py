@@ -13,7 +13,7 @@ from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder, flax_folder
 from tests import data_flax
 from tests.conftest import ROOT
-from tests.test_families import in_files
+from tests.pipelines import in_files
 from tests.test_formats import same_bits
 from tests.weights import randomise
 

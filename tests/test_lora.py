@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from jaxft import tensor_file
+from jaxft import low_rank, tensor_file
 from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder, lora, published
-from jaxft.formats.lora import LowRank
-from tests.test_families import folders  # noqa: F401
+from jaxft.low_rank import LowRank
 
 TARGETS = {
     "unet": (
@@ -39,9 +38,9 @@ def chosen(configs, part: str) -> dict[str, tuple[int, ...]]:
     }
 
 
-def random_lora(configs, rng, ranks=(2, 3), alphas=(1.0, 2.0)) -> lora.Lora:
+def random_lora(configs, rng, ranks=(2, 3), alphas=(1.0, 2.0)) -> low_rank.Lora:
     """Factors for all default targets, of changing rank and alpha."""
-    made: lora.Lora = {}
+    made: low_rank.Lora = {}
     for part in lora.modules(configs):
         for number, (module, shape) in enumerate(chosen(configs, part).items()):
             rank = ranks[number % len(ranks)]
@@ -51,7 +50,7 @@ def random_lora(configs, rng, ranks=(2, 3), alphas=(1.0, 2.0)) -> lora.Lora:
     return made
 
 
-def same(one: lora.Lora, other: lora.Lora) -> bool:
+def same(one: low_rank.Lora, other: low_rank.Lora) -> bool:
     return one.keys() == other.keys() and all(
         one[part].keys() == other[part].keys()
         and all(
@@ -96,7 +95,7 @@ def test_kohyas_names_are_those_that_webuis_know():
 
 
 @pytest.mark.parametrize("kind", ["sd2", "sdxl"])
-def test_every_form_keeps_factors_rank_and_alpha(folders, kind, tmp_path, rng):  # noqa: F811
+def test_every_form_keeps_factors_rank_and_alpha(folders, kind, tmp_path, rng):
     _, folder = folders(kind)
     configs = diffusers_folder.read_configs(folder)
     made = random_lora(configs, rng)
@@ -104,10 +103,12 @@ def test_every_form_keeps_factors_rank_and_alpha(folders, kind, tmp_path, rng): 
     lora.write_peft(tmp_path / "peft.safetensors", made)
     assert same(lora.read(tmp_path / "kohya.safetensors", configs), made)
     assert same(lora.read(tmp_path / "peft.safetensors", configs), made)
-    for part in ("unet", "text_encoder"):
-        lora.write_hcp(tmp_path / f"{part}.safetensors", made[part])
-        again = lora.read(tmp_path / f"{part}.safetensors", configs)
-        assert same(again, {part: made[part]})
+    lora.write_hcp(tmp_path, made)
+    unet, text = (
+        lora.read(tmp_path / f"{name}.safetensors", configs) for name in ("unet", "text_encoder")
+    )
+    assert same(unet, {"unet": made.pop("unet")})
+    assert same(text, made)
 
 
 def fused(pipeline: Any, file, strength: float) -> dict[str, Any]:
@@ -125,7 +126,7 @@ def fused(pipeline: Any, file, strength: float) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["sd2", "sdxl"])
 @pytest.mark.parametrize("form", ["kohya", "peft"])
 def test_diffusers_loads_at_a_strength_what_is_merged_at_it(
-    folders,  # noqa: F811
+    folders,
     kind,
     form,
     tmp_path,
@@ -144,7 +145,7 @@ def test_diffusers_loads_at_a_strength_what_is_merged_at_it(
     opened = type(pipeline).from_pretrained(folder, local_files_only=True)
     theirs = fused(opened, file, 0.7)
     for part, layers in made.items():
-        ours = lora.merge(model.parts[part].params, layers, 0.7)
+        ours = low_rank.merge(model.parts[part].params, layers, 0.7)
         for module in layers:
             name = f"{module}.weight"
             other = theirs[part].get(name, theirs[part].get(name.removeprefix("text_model.")))
@@ -152,7 +153,7 @@ def test_diffusers_loads_at_a_strength_what_is_merged_at_it(
             assert np.abs(ours[name] - model.parts[part].params[name]).max() > 1e-3
 
 
-def test_what_peft_writes_is_read(folders, tmp_path):  # noqa: F811
+def test_what_peft_writes_is_read(folders, tmp_path):
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
@@ -178,7 +179,7 @@ def test_what_peft_writes_is_read(folders, tmp_path):  # noqa: F811
         np.testing.assert_array_equal(low.down, theirs[f"{module}.lora_A.weight"])
 
 
-def test_kohyas_metadata_is_what_webuis_look_at(folders, tmp_path, rng):  # noqa: F811
+def test_kohyas_metadata_is_what_webuis_look_at(folders, tmp_path, rng):
     for kind, version, second in (("sd2", "sd_v2_v", "True"), ("sdxl", "sdxl_base_v1-0", "False")):
         _, folder = folders(kind)
         configs = diffusers_folder.read_configs(folder)
@@ -196,16 +197,16 @@ def test_extraction_gives_back_a_difference_of_that_rank(shape, rng):
     base = rng.standard_normal(shape, np.float32)
     flat = rng.standard_normal((6, 2)) @ rng.standard_normal((2, base[0].size))
     tuned = base + flat.reshape(shape).astype(np.float32)
-    low = lora.extract(tuned, base, 2)
+    low = low_rank.extract(tuned, base, 2)
     assert low.rank == 2
     np.testing.assert_allclose(base + low.delta(), tuned, atol=1e-4)
     # No factors of rank 1 do better: what is left has the next singular value as its norm.
-    left = (tuned - base - lora.extract(tuned, base, 1).delta()).reshape(6, -1)
+    left = (tuned - base - low_rank.extract(tuned, base, 1).delta()).reshape(6, -1)
     values = np.linalg.svd(flat.reshape(6, -1), compute_uv=False)
     np.testing.assert_allclose(np.linalg.norm(left, 2), values[1], rtol=1e-4)
 
 
-def test_a_lora_for_another_base_is_named(folders, tmp_path, rng):  # noqa: F811
+def test_a_lora_for_another_base_is_named(folders, tmp_path, rng):
     _, sd2 = folders("sd2")
     _, xl = folders("sdxl")
     configs = diffusers_folder.read_configs(sd2)
@@ -224,7 +225,7 @@ def test_a_lora_for_another_base_is_named(folders, tmp_path, rng):  # noqa: F811
         ("model.diffusion_model.out.2.bias", "holds no LoRA"),
     ],
 )
-def test_other_files_are_named(folders, tmp_path, key, said):  # noqa: F811
+def test_other_files_are_named(folders, tmp_path, key, said):
     _, folder = folders("sd2")
     tensor_file.write(tmp_path / "x.safetensors", {key: np.zeros(3, np.float32)})
     with pytest.raises(UserError, match=said):

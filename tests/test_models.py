@@ -22,49 +22,11 @@ from jaxft.models.controlnet import ControlNetModel
 from jaxft.models.encoder import REMAT, Added
 from jaxft.models.unet import UNet2DConditionModel
 from jaxft.models.vae import AutoencoderKL
+from tests.pipelines import UNETS
 from tests.weights import randomise
 
 TOLERANCE = 1e-4  # of the output's scale: float32 sums in another order
 TINY: dict[str, Any] = {"norm_num_groups": 16, "cross_attention_dim": 24}
-XL: dict[str, Any] = {
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 20 + 6 * 8,
-}
-UNETS: dict[str, dict[str, Any]] = {
-    "sd1": {"block_out_channels": (32, 32, 64, 64), "attention_head_dim": 4},
-    "sd1 inpainting": {
-        "block_out_channels": (32, 32),
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "attention_head_dim": 4,
-        "in_channels": 9,
-    },
-    "sd2": {
-        "block_out_channels": (16, 32, 32, 64),
-        "attention_head_dim": (1, 2, 2, 4),
-        "use_linear_projection": True,
-        "upcast_attention": True,
-    },
-    "sdxl": XL
-    | {
-        "block_out_channels": (16, 32, 64),
-        "attention_head_dim": (1, 2, 4),
-        "transformer_layers_per_block": (1, 2, 3),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    },
-    "sdxl refiner": XL
-    | {
-        "block_out_channels": (16, 32, 64, 64),
-        "attention_head_dim": (1, 2, 4, 4),
-        "transformer_layers_per_block": 2,
-        "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 2, "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 2, "UpBlock2D"),
-    },
-}
-"""The families at small widths."""
 
 
 def bound(network, config, state):

@@ -12,7 +12,6 @@ from jaxft.data import loader
 from jaxft.diffusion import schedule
 from jaxft.formats import diffusers_folder
 from tests.data_fixtures import photo_folder
-from tests.test_families import folders  # noqa: F401
 
 
 @pytest.mark.parametrize(
@@ -28,7 +27,7 @@ def test_sizes_are_height_before_width_and_the_crop_in_the_scaled_image(original
     assert loader.time_ids(original, size).tolist() == list(wanted)
 
 
-def test_the_loss_is_that_of_diffusers_networks(folders, rng):  # noqa: F811
+def test_the_loss_is_that_of_diffusers_networks(folders, rng):
     pipeline, folder = folders("sdxl")
     model = diffusers_folder.read(str(folder))
     skip, norm = model.family.text_layer(0, True)
@@ -77,7 +76,7 @@ def test_the_loss_is_that_of_diffusers_networks(folders, rng):  # noqa: F811
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_a_run_trains_the_layers_it_names(folders, tmp_path, cached):  # noqa: F811
+def test_a_run_trains_the_layers_it_names(folders, tmp_path, cached):
     _, folder = folders("sdxl")
     tree = {
         "_base_": ["configs/train/examples/fine-tuning.yaml"],

@@ -15,14 +15,12 @@ import numpy as np
 from jaxft.data import captions, latents, source
 from jaxft.data.buckets import BatchPlan, Buckets
 from jaxft.data.tokens import Tokenizer
+from jaxft.shapes import TEXT_INPUTS
 
 Batch = dict[str, np.ndarray]
 """`input_ids` int32 [b, r, 77] (and `input_ids_2`), `weight` float32 [b] (0: fills up the batch),
 either `moments` float32 [b, h/8, w/8, 8] or `pixel_values` uint8 [b, h, w, 3], and for Stable
 Diffusion XL `time_ids` float32 [b, 6]."""
-
-INPUTS = ("input_ids", "input_ids_2")
-"""What the ids of the first and the second tokenizer are called."""
 
 
 class Shape(NamedTuple):
@@ -97,7 +95,7 @@ class Dataset:
         size = self.buckets.sizes[drawn.bucket]
         batch = {
             name: np.stack([tokenizer.encode(text, self.repeats) for text in prompts])
-            for name, tokenizer in zip(INPUTS, self.tokenizers, strict=False)
+            for name, tokenizer in zip(TEXT_INPUTS.values(), self.tokenizers, strict=False)
         }
         batch["weight"] = drawn.weights[rows]
         if self.with_sizes:

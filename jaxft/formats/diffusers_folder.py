@@ -146,7 +146,7 @@ def read_component(folder: Path, part: str) -> Component:
     file = layout.weights(folder, layout.STEMS[part], None)
     if file is None:
         raise UserError(layout.no_weights(folder, layout.STEMS[part]))
-    return _read(part, families.CLASSES[families.DIFFUSERS[part]], config, file)
+    return _read(part, families.NETWORKS[part], config, file)
 
 
 def read_configs(folder: Path) -> Configs:

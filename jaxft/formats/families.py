@@ -8,21 +8,14 @@ from jaxft.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from jaxft.models.unet import UNet2DConditionModel
 from jaxft.models.vae import AutoencoderKL
 
-CLASSES: dict[str, type[Any]] = {
-    cls.__name__: cls
-    for cls in (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection)
+NETWORKS: dict[str, type[Any]] = {
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
 }
-"""Our networks, which have the names of diffusers' and transformers' classes."""
-
-DIFFUSERS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
-"""Folder -> class of the networks that every family has."""
-
-
-CLASS_OF = DIFFUSERS | {
-    "text_encoder": "CLIPTextModel",
-    "text_encoder_2": "CLIPTextModelWithProjection",
-}
-"""Folder -> class of all networks."""
+"""Folder -> class of every network that a pipeline may have; our classes have the names of
+diffusers' and transformers'."""
 
 
 class Family(NamedTuple):
@@ -37,14 +30,14 @@ class Family(NamedTuple):
     openclip: frozenset[str]
     """Folders of text encoders that a webui file holds under OpenCLIP's names."""
     architecture: str
-    """ModelSpec's name."""
+    """ModelSpec's name; of 2.x its beginning."""
     linear: bool
     """Whether the UNet's transformers are entered through linear layers."""
 
     @property
     def networks(self) -> dict[str, type[Any]]:
         """Folder -> our class, of all networks."""
-        return {part: CLASSES[CLASS_OF[part]] for part in (*DIFFUSERS, *self.text_prefixes)}
+        return {part: NETWORKS[part] for part in ("unet", "vae", *self.text_prefixes)}
 
     @property
     def text_encoders(self) -> list[str]:
@@ -55,6 +48,11 @@ class Family(NamedTuple):
     def is_xl(self) -> bool:
         """Whether the UNet is told sizes and the pooled text as well."""
         return "text_encoder_2" in self.text_prefixes
+
+    def modelspec(self, velocity: bool) -> str:
+        """ModelSpec's name of the architecture; of 2.x it tells what the UNet predicts."""
+        size = {False: "-512", True: "-768-v"}[velocity]
+        return self.architecture + (size if self.architecture == "stable-diffusion-v2" else "")
 
     def text_layer(self, clip_skip: int, final_norm: bool) -> tuple[int, bool]:
         """How many of the text encoders' last layers to leave out, and whether to use their final

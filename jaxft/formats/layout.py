@@ -92,11 +92,11 @@ def networks(folder: Path) -> list[str]:
         known = ", ".join(families.PIPELINES)
         raise UserError(f"{path}: this is a {kind}; jaxft takes {known}")
     parts = [part for part in STEMS if (index.get(part) or [None])[-1] is not None]
-    for part in families.DIFFUSERS:
+    for part in ("unet", "vae"):
         if part not in parts:
             raise UserError(f"{path}: names no {part}")
     for part in parts:
-        named, wanted = index[part][-1], families.CLASS_OF[part]
+        named, wanted = index[part][-1], families.NETWORKS[part].__name__
         if named != wanted:
             raise UserError(f"{path}: {part} is {named}; jaxft takes {wanted}")
     return parts

@@ -1,14 +1,12 @@
 """LoRA files in their three forms: kohya's (webuis), PEFT's (diffusers), HCP-Diffusion's.
 
-A LoRA adds `alpha / rank · up · down` to a layer's weight; Hu et al. 2021
-(https://arxiv.org/abs/2106.09685). Here it is, for each network, a dict from a module's name to its
-two factors; a file's form is only a matter of names, and of where alpha stands.
+A form is only a matter of names, and of where alpha stands.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -17,35 +15,7 @@ from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder, families
 from jaxft.formats.diffusers_folder import Configs
 from jaxft.formats.webui_names import PREFIXES, names
-from jaxft.patterns import match
-
-
-class LowRank(NamedTuple):
-    """The factors of one layer: down [r, i] or [r, i, h, w], up [o, r] or [o, r, 1, 1]."""
-
-    down: Any
-    up: Any
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        """Rows of `down`."""
-        return len(self.down)
-
-    @property
-    def scale(self) -> float:
-        """What the product is multiplied by."""
-        return self.alpha / self.rank
-
-    def delta(self) -> np.ndarray:
-        """What is added to the layer's weight at strength 1, float32, in the weight's shape."""
-        down, up = (np.asarray(factor, np.float32) for factor in (self.down, self.up))
-        product = up.reshape(len(up), -1) @ down.reshape(len(down), -1)
-        return self.scale * product.reshape(len(up), *down.shape[1:])
-
-
-Lora = dict[str, dict[str, LowRank]]
-"""Network's folder -> module -> factors."""
+from jaxft.low_rank import Lora, LowRank
 
 KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
 KOHYA_XL_PREFIXES = KOHYA_PREFIXES | {"text_encoder": "lora_te1"}
@@ -225,18 +195,15 @@ def kohya_metadata(lora: Lora, configs: Configs, name: str) -> dict[str, str]:
     velocity = "_v" if configs.scheduler.get("prediction_type") == "v_prediction" else ""
     every = [low for layers in lora.values() for low in layers.values()]
     ranks, alphas = ({getattr(low, what) for low in every} for what in ("rank", "alpha"))
-    architecture = family.architecture
-    if family is families.SD2:
-        architecture += "-768-v" if velocity else "-512"
     return {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.architecture": f"{family.modelspec(bool(velocity))}/lora",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": name,
         "modelspec.prediction_type": "v" if velocity else "epsilon",
         "modelspec.hash_sha256": "",
         "ss_base_model_version": VERSIONS.get(family.architecture, "sdxl_base_v1-0") + velocity,
-        "ss_v2": str(family.architecture == families.SD2.architecture),
+        "ss_v2": str(family == families.SD2),
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
@@ -302,94 +269,50 @@ def _unprefixed(module: str) -> str:
 # -------------------------------------------------------------------------------------------- HCP
 
 
+HCP_ENDS = {"layer.W_down": "layer.W_up"} | {
+    f"{parent}.lora_down.weight": f"{parent}.lora_up.weight" for parent in ("layer", "lora_block")
+}
+"""End of the first factor's key -> of the second's; `lora_down` in files of its first versions."""
+
+HCP_XL = {"clip_B.": "text_encoder", "clip_bigG.": "text_encoder_2"}
+"""What the modules of XL's text encoders, which are in one file, begin with."""
+
+
 def _from_hcp(stored: Mapping[str, Any], path: Path) -> Lora:
-    part = "unet"
-    if any(key.startswith("lora:text_model.") for key in stored):
-        part = "text_encoder"
-    layers: dict[str, LowRank] = {}
+    lora: Lora = {}
     for key, down in stored.items():
-        if not key.startswith("lora:"):
-            continue
         module, mark, end = key.removeprefix("lora:").partition(".___.")
-        if not mark:
+        if not (mark and key.startswith("lora:")):
             raise UserError(f"{path}: {key} is no key of a LoRA in HCP-Diffusion's form")
-        down_ends = {"layer.W_down": "layer.W_up"}
-        down_ends |= {f"{kind}.lora_down.weight": f"{kind}.lora_up.weight" for kind in HCP_OLD}
-        if end not in down_ends:
+        if end not in HCP_ENDS:
             continue
-        up = stored.get(f"lora:{module}.___.{down_ends[end]}")
+        start = f"lora:{module}.___."
+        up = stored.get(start + HCP_ENDS[end])
         if up is None:
-            raise UserError(f"{path}: lora:{module}.___.{down_ends[end]} is missing")
-        scale = float(stored.get(f"lora:{module}.___.alpha", 1 / len(down)))
-        layers[module] = LowRank(down, up, scale * len(down))
-    return {part: layers}
+            raise UserError(f"{path}: {start}{HCP_ENDS[end]} is missing")
+        scale = float(stored.get(f"{start}alpha", 1 / len(down)))
+        part = "text_encoder" if module.startswith(TEXT_PREFIX) else "unet"
+        for prefix, own in HCP_XL.items():
+            if module.startswith(prefix):
+                part, module = own, module.removeprefix(prefix)
+        lora.setdefault(part, {})[module] = LowRank(down, up, scale * len(down))
+    return lora
 
 
-HCP_OLD = ("layer", "lora_block")
-"""What the factors' parent was called in files of its first versions."""
-
-
-def write_hcp(path: Path, layers: Mapping[str, LowRank], dtype: str | None = None) -> None:
-    """Writes one network's LoRA as HCP-Diffusion's part file; its alpha is divided by the rank."""
-    stored = {}
-    for module, low in layers.items():
-        stored[f"lora:{module}.___.layer.W_down"] = low.down
-        stored[f"lora:{module}.___.layer.W_up"] = low.up
-        stored[f"lora:{module}.___.alpha"] = np.asarray(low.scale, np.float32)
-    tensor_file.write(path, stored, dtype=_dtype(dtype))
+def write_hcp(folder: Path, lora: Lora, dtype: str | None = None) -> None:
+    """Writes HCP-Diffusion's part files, `unet` and `text_encoder`; alphas divided by the rank."""
+    prefixes = {part: prefix for prefix, part in HCP_XL.items()} if "text_encoder_2" in lora else {}
+    files: dict[str, dict[str, Any]] = {}
+    for part, layers in lora.items():
+        stored = files.setdefault(part.removesuffix("_2"), {})
+        for module, low in layers.items():
+            start = f"lora:{prefixes.get(part, '')}{module}.___."
+            stored[f"{start}layer.W_down"] = low.down
+            stored[f"{start}layer.W_up"] = low.up
+            stored[f"{start}alpha"] = np.asarray(low.scale, np.float32)
+    for name, stored in files.items():
+        tensor_file.write(folder / f"{name}.safetensors", stored, dtype=_dtype(dtype))
 
 
 def _dtype(name: str | None) -> Any:
     return name and params.DTYPES[name]
-
-
-# ------------------------------------------------------------------------------------------ merge
-
-
-def choose(
-    layers: Mapping[str, LowRank],
-    weights: Mapping[str, Any],
-    patterns: str | Sequence[str],
-    source: str,
-) -> dict[str, LowRank]:
-    """The layers of a network's LoRA that patterns take (`jaxft.patterns`; `'all'`: all).
-
-    Raises:
-        UserError: there are none.
-    """
-    chosen = dict(layers)
-    if patterns != "all":
-        wanted = [patterns] if isinstance(patterns, str) else patterns
-        taken = set(match(wanted, weights, f"{source}: layers"))
-        chosen = {module: low for module, low in layers.items() if f"{module}.weight" in taken}
-    if not chosen:
-        raise UserError(f"{source}: layers: none of its layers lie in {patterns!r}")
-    return chosen
-
-
-def merge(
-    weights: Mapping[str, Any], layers: Mapping[str, LowRank], strength: float = 1.0
-) -> dict[str, Any]:
-    """Weights with a network's LoRA added, each in its own dtype; the rest are shared."""
-    merged = dict(weights)
-    for module, low in layers.items():
-        name = f"{module}.weight"
-        weight = np.asarray(merged[name])
-        delta = low.delta().reshape(weight.shape)
-        merged[name] = (weight.astype(np.float32) + strength * delta).astype(weight.dtype)
-    return merged
-
-
-def extract(tuned: Any, base: Any, rank: int) -> LowRank:
-    """The best factors of this rank for the difference of two weights, by SVD; alpha = rank.
-
-    Eckart and Young 1936. The singular values are shared out evenly between the factors.
-    """
-    difference = np.asarray(tuned, np.float32) - np.asarray(base, np.float32)
-    flat = difference.reshape(len(difference), -1)
-    rank = min(rank, *flat.shape)
-    u, s, vt = np.linalg.svd(flat, full_matrices=False)
-    root = np.sqrt(s[:rank])
-    down = (root[:, None] * vt[:rank]).reshape(rank, *difference.shape[1:])
-    up = u[:, :rank] * root
-    return LowRank(down, up.reshape(*up.shape, *(1,) * (difference.ndim - 2)), float(rank))

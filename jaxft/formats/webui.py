@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxft import params, tensor_file
+from jaxft import gallery, params, tensor_file
 from jaxft.errors import UserError
 from jaxft.formats import families, ldm_config
 from jaxft.formats.diffusers_folder import Configs, Model, shapes
@@ -76,10 +76,7 @@ OTHER_MODELS = {
 """Beginnings of keys that give away what a file is instead."""
 
 VELOCITY_IN_YAML = re.compile(r"""parameterization["']?\s*:\s*["']?(v|eps)\b""")
-COMFY_KEY = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
-COMFY_SPREAD = 0.09
-"""Standard deviation of that bias, above which ComfyUI takes Stable Diffusion 2.x for one that
-predicts velocities."""
+"""What a YAML file beside a model says of it."""
 
 ROWS = (Form.FIRST_ROWS, Form.SECOND_ROWS, Form.THIRD_ROWS)
 
@@ -100,7 +97,7 @@ def to_webui(model: Model) -> dict[str, Any]:
         part, _, rest = name.partition(".")
         pieces.setdefault(place.key, {})[place.form] = model.parts[part].params[rest]
     stored = {key: _put(forms) for key, forms in pieces.items()}
-    if model.family is families.SD2:
+    if model.family == families.SD2:
         stored |= _last_block(stored, model.configs.parts["text_encoder"])
     return stored
 
@@ -132,7 +129,11 @@ def _last_block(stored: Mapping[str, Any], config: Mapping[str, Any]) -> dict[st
     prefix = families.SD2.text_prefixes["text_encoder"]
     count, width = config["num_hidden_layers"], config["hidden_size"]
     last, more = (f"{prefix}transformer.resblocks.{i}." for i in (count - 1, count))
-    copied = {more + key.removeprefix(last): array for key, array in stored.items() if last in key}
+    copied = {
+        more + key.removeprefix(last): array
+        for key, array in stored.items()
+        if key.startswith(last)
+    }
     dtype = stored[f"{prefix}ln_final.weight"].dtype
     return copied | {
         f"{prefix}text_projection": np.eye(width, dtype=dtype),
@@ -150,13 +151,22 @@ def write(path: Path, model: Model, dtype: str | None = "fp16", title: str = "")
         model: what to write.
         dtype: `fp32`, `fp16` or `bf16`; `None` keeps each weight as it is stored.
         title: the model's name; the file's, if empty.
+
+    Raises:
+        UserError: the YAML file would replace one of the user's.
     """
+    beside = path.with_suffix(".yaml")
+    needs_yaml = predicts_velocity(model) and not model.family.is_xl
+    if needs_yaml and beside.exists() and not ldm_config.is_ours(beside):
+        raise UserError(
+            f"{beside} is in the way: webuis look there for what {path.name} predicts; name the "
+            "model otherwise"
+        )
     stored = to_webui(model) | _marks(model)
     metadata = _metadata(model, title or path.stem)
     tensor_file.write(path, stored, metadata, dtype and params.DTYPES[dtype])
-    beside = path.with_suffix(".yaml")
-    if predicts_velocity(model) and not model.family.is_xl:
-        beside.write_text(ldm_config.text(model.configs), "utf-8")
+    if needs_yaml:
+        gallery.write_text(beside, ldm_config.text(model.configs))
     elif beside.is_file() and ldm_config.is_ours(beside):
         beside.unlink()  # of a model that was there before
 
@@ -181,12 +191,9 @@ def _metadata(model: Model, title: str) -> dict[str, str]:
     scale = 2 ** (len(model.parts["vae"].config["block_out_channels"]) - 1)
     size = scale * model.parts["unet"].config.get("sample_size", 64)
     is_v = predicts_velocity(model)
-    architecture = model.family.architecture
-    if model.family is families.SD2:
-        architecture += "-768-v" if is_v else "-512"
     return {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": architecture,
+        "modelspec.architecture": model.family.modelspec(is_v),
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title,
         "modelspec.resolution": f"{size}x{size}",
@@ -215,7 +222,7 @@ def detect(keys: Mapping[str, Any], source: str) -> Family:
     raise UserError(f"{source}: is no Stable Diffusion model in one file")
 
 
-def prediction(path: Path, stored: Mapping[str, Any], family: Family) -> tuple[str, str] | None:
+def prediction(path: Path, stored: Mapping[str, Any]) -> tuple[str, str] | None:
     """What a file's UNet predicts (`epsilon`, `v_prediction`), and what says so.
 
     None where nothing does.
@@ -230,10 +237,6 @@ def prediction(path: Path, stored: Mapping[str, Any], family: Family) -> tuple[s
     metadata = tensor_file.read_header(path).metadata if path.suffix == ".safetensors" else {}
     if told := metadata.get("modelspec.prediction_type"):
         return ("v_prediction" if told.startswith("v") else "epsilon"), f"its metadata ({told})"
-    if family is families.SD2 and COMFY_KEY in stored:
-        spread = float(np.std(np.asarray(stored[COMFY_KEY], np.float32)))
-        kind = "v_prediction" if spread > COMFY_SPREAD else "epsilon"
-        return kind, f"ComfyUI's rule (a bias spreads by {spread:.3f}; velocities: over 0.09)"
     return None
 
 

@@ -10,7 +10,7 @@ import enum
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from jaxft.formats.families import CLASS_OF, Family
+from jaxft.formats.families import Family
 from jaxft.models import clip, unet, vae
 from jaxft.models.options import per_level
 
@@ -123,7 +123,7 @@ def names(family: Family, configs: Mapping[str, Mapping[str, Any]]) -> dict[str,
         table[f"vae.{ours}"] = Place(PREFIXES["vae"] + theirs, form)
     for part, prefix in family.text_prefixes.items():
         config = {**clip.FREE, **configs[part]}
-        projected = CLASS_OF[part] == "CLIPTextModelWithProjection"
+        projected = family.networks[part] is clip.CLIPTextModelWithProjection
         listing = _openclip(config, projected) if part in family.openclip else _clip(config)
         for ours, place in listing:
             table[f"{part}.{ours}"] = place._replace(key=prefix + place.key)
