@@ -5,8 +5,11 @@ is that of the activations; the statistics of norms are float32. Layers are only
 `nnx.eval_shape`, so they hold zeros: weights come from files.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -21,6 +24,10 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         y = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+FEW_PIXELS = 16
+"""Below so many pixels of output a CPU is quicker with one product for each tap of the kernel."""
 
 
 class Conv2d(nnx.Module):
@@ -43,6 +50,8 @@ class Conv2d(nnx.Module):
         weight = self.weight[...].astype(x.dtype)
         if weight.shape[2:] == (1, 1):
             y = jnp.einsum("bhwi,oi->bhwo", x, weight[:, :, 0, 0])
+        elif self._few_pixels(x):
+            y = self._sum_of_taps(x, weight)
         else:
             y = jax.lax.conv_general_dilated(
                 x,
@@ -52,6 +61,25 @@ class Conv2d(nnx.Module):
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )
         return y + self.bias[...].astype(x.dtype)
+
+    def _output_size(self, x: Array) -> tuple[int, int]:
+        lost = self.weight.shape[2] - sum(self.padding)
+        height, width = ((length - lost) // self.stride + 1 for length in x.shape[1:3])
+        return height, width
+
+    def _few_pixels(self, x: Array) -> bool:
+        return jax.default_backend() == "cpu" and math.prod(self._output_size(x)) < FEW_PIXELS
+
+    def _sum_of_taps(self, x: Array, weight: Array) -> Array:
+        height, width = self._output_size(x)
+        x = jnp.pad(x, ((0, 0), self.padding, self.padding, (0, 0)))
+
+        def tap(i: int, j: int) -> Array:
+            rows = slice(i, i + (height - 1) * self.stride + 1, self.stride)
+            columns = slice(j, j + (width - 1) * self.stride + 1, self.stride)
+            return jnp.einsum("bhwi,oi->bhwo", x[:, rows, columns], weight[:, :, i, j])
+
+        return sum(tap(i, j) for i, j in np.ndindex(*weight.shape[2:]))
 
 
 class GroupNorm(nnx.Module):
