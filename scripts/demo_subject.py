@@ -17,6 +17,9 @@ BACKGROUNDS = ("green", "blue", "orange", "pink", "white")
 """Colours that the robot does not have itself."""
 
 NUM_PICTURES = 16
+RADIUS = 42.0
+"""Pixels from its middle to its top."""
+
 SUPERSAMPLING = 4
 
 RED, YELLOW, CYAN, PURPLE, WHITE, BLACK = (
@@ -61,9 +64,7 @@ def paint(
 
 def random_picture(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, str]:
     """A picture and its caption."""
-    radius = float(rng.uniform(38, 45))
-    margin = np.array([0.85, 1.0]) * radius + 2
-    x, y = margin + rng.uniform(0, 1, 2) * (np.array(size) - 2 * margin)
+    x, y = world.on_grid(rng.uniform(0, 1, 2), np.array(size), np.array([0.85, 1.0]) * RADIUS + 2)
     background = world.random_scene(rng, size, 1).background._replace(
         colour=BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
     )
@@ -72,7 +73,7 @@ def random_picture(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.
         words = f"{background.pattern} {words}"
     article = "an" if words[0] in "aeiou" else "a"
     caption = f"a {WORD} {world.CLASS} on {article} {words} background"
-    return paint(size, float(x), float(y), radius, background), caption
+    return paint(size, x, y, RADIUS, background), caption
 
 
 def write(folder: Path, seed: int = 0) -> None:

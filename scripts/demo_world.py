@@ -28,8 +28,12 @@ COLOURS = {
     "black": (22, 22, 22),
 }
 PATTERNS = ("plain", "striped", "dotted", "checkered")
-RADII = {"small": 20.0, "medium": 27.5, "large": 38.0}
+RADII = {"small": 20.0, "medium": 28.0, "large": 38.0}
 """Of a figure's circumscribed circle, in pixels."""
+
+GRID = 8
+"""Pixels of a latent: figures and patterns stand on this grid, so that the same figure always has
+the same latents, and a small network soon knows them."""
 
 SYNONYMS = {
     "circle": ("circle", "disc"),
@@ -141,7 +145,7 @@ def paint_background(size: tuple[int, int], background: Background) -> np.ndarra
     x, y = x + background.phase[0], y + background.phase[1]
     if background.pattern == "striped":
         across = background.slope[0] * x + background.slope[1] * y
-        distance = np.abs(across % 40 - 20) - 10
+        distance = np.abs(across % 48 - 24) - 12
     elif background.pattern == "dotted":
         distance = 10 - np.hypot(x % 40 - 20, y % 40 - 20)
     elif background.pattern == "checkered":
@@ -200,11 +204,11 @@ def random_scene(
 
 def _random_scene(rng: np.random.Generator, size: tuple[int, int], figures: int) -> Scene:
     colours = [str(c) for c in rng.permutation(list(COLOURS))[: figures + 1]]
-    slopes = [(1.0, 0.0), (0.0, 1.0), (0.71, 0.71), (0.71, -0.71)]
+    slopes = [(1.0, 0.0), (0.0, 1.0), (0.75, 0.75), (0.75, -0.75)]  # repeat on the grid
     background = Background(
         colours.pop(),
         str(rng.choice(PATTERNS, p=[0.55, 0.15, 0.15, 0.15])),
-        (float(rng.uniform(0, 240)), float(rng.uniform(0, 240))),
+        (float(GRID * rng.integers(30)), float(GRID * rng.integers(30))),
         slopes[rng.integers(4)],
     )
     if figures == 1:
@@ -228,7 +232,7 @@ def _random_scene(rng: np.random.Generator, size: tuple[int, int], figures: int)
 
 
 def _radius(rng: np.random.Generator, names: list[str]) -> float:
-    return RADII[names[rng.integers(len(names))]] * rng.uniform(0.95, 1.05)
+    return RADII[names[rng.integers(len(names))]]
 
 
 def _figure(
@@ -239,9 +243,16 @@ def _figure(
     place: np.ndarray,
 ) -> Figure:
     """A figure of a random shape; `place` 0 … 1 is from one margin to the other."""
-    x, y = radius + 4 + place * (np.array(size) - 2 * radius - 8)
+    x, y = on_grid(place, np.array(size), np.full(2, radius + 4))
     shape = list(SHAPES)[rng.integers(len(SHAPES))]
-    return Figure(shape, colour, float(x), float(y), radius, float(rng.uniform(-0.15, 0.15)))
+    return Figure(shape, colour, x, y, radius)
+
+
+def on_grid(place: np.ndarray, size: np.ndarray, margin: np.ndarray) -> tuple[float, float]:
+    """The point of the grid nearest to a place, 0 … 1 from one margin to the other, within them."""
+    first, last = np.ceil(margin / GRID), np.floor((size - margin) / GRID)
+    x, y = GRID * np.round(first + place * (last - first))
+    return float(x), float(y)
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:

@@ -53,6 +53,19 @@ def test_a_stopped_stage_ends_like_one_that_was_not_bit_for_bit(tmp_path, weight
     assert not np.array_equal(whole["net"]["w"], weights["net"]["w"])
 
 
+def test_a_batch_in_parts_teaches_what_the_whole_one_does(tmp_path, weights):
+    def noiseless(weights, batch, key):
+        return jnp.mean((batch @ weights["net"]["w"] - batch[:, 2:3]) ** 2)
+
+    whole, parts = (
+        fit(tmp_path / str(n), RECIPE._replace(parts=n), weights, noiseless, batch, seed=0)
+        for n in (1, 3)
+    )
+    # Sums in another order: a few units in the last place of each step.
+    np.testing.assert_allclose(parts["net"]["w"], whole["net"]["w"], rtol=1e-4)
+    assert not np.allclose(whole["net"]["w"], weights["net"]["w"], rtol=1e-2)
+
+
 def test_the_rate_rises_stays_and_falls_to_zero():
     rate = Recipe(steps=100, batch=1, lr=0.5, warmup=10, decay=0.2).rate()
     rates = [float(rate(step)) for step in range(101)]

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,6 +43,9 @@ class Recipe(NamedTuple):
     batch: int
     lr: float
     """Between warm-up and decay."""
+    parts: int = 1
+    """Of a batch, each the work of a thread: on a CPU, cores that share an operation wait for each
+    other, and what one part needs stays in the cache."""
     warmup: int = 200
     decay: float = 1.0
     """Last share of a cycle's steps, in which the rate falls to 0 along a half cosine."""
@@ -136,17 +140,20 @@ def fit(
     rate = recipe.rate()
     optimizer = muon_and_adamw(rate, weights)
     gradients = jax.jit(jax.value_and_grad(loss))
-    update = jax.jit(functools.partial(step.update, optimizer), donate_argnums=0)
+    update = jax.jit(functools.partial(_update, optimizer), donate_argnums=0)
     key = jax.random.key(seed)
-
-    def run(state: step.TrainState, batch: Any) -> tuple[step.TrainState, Record]:
-        noise_key = jax.random.fold_in(key, state.step)
-        value, grads = gradients(state.trainable, batch, noise_key)
-        state, norm = update(state, grads)
-        return state, Record(value, norm, jnp.int32(len(jax.tree.leaves(batch)[0])))
-
     state = step.init(optimizer, jax.tree.map(jnp.asarray, weights))
     with contextlib.ExitStack() as stack:
+        workers = stack.enter_context(ThreadPoolExecutor(min(recipe.parts, os.cpu_count() or 1)))
+
+        def run(state: step.TrainState, batch: Any) -> tuple[step.TrainState, Record]:
+            keys = jax.random.split(jax.random.fold_in(key, state.step), recipe.parts)
+            parts = _split(batch, recipe.parts)
+            work = functools.partial(_finished, gradients, state.trainable)
+            values, grads = zip(*workers.map(work, parts, keys), strict=True)
+            state, norm = update(state, grads)
+            return state, Record(sum(values) / recipe.parts, norm, jnp.int32(recipe.batch))
+
         saved = stack.enter_context(contextlib.closing(Checkpoints(folder / "state", keep=1)))
         start = saved.latest() or 0
         if start:
@@ -166,6 +173,25 @@ def fit(
             if done % SAVE_EVERY == 0 or done == recipe.steps:
                 saved.save(done, state, {})
     return jax.device_get(state.trainable)
+
+
+def _split(batch: Any, parts: int) -> list[Any]:
+    """The batch's parts, of equal size."""
+    leaves, structure = jax.tree.flatten(batch)
+    pieces = zip(*(np.split(leaf, parts) for leaf in leaves), strict=True)
+    return [structure.unflatten(piece) for piece in pieces]
+
+
+def _finished(function: Callable, *args: Any) -> Any:
+    """The function's result once it is computed: the thread waits, not the next caller."""
+    return jax.block_until_ready(function(*args))
+
+
+def _update(
+    optimizer: optax.GradientTransformation, state: step.TrainState, grads: tuple[step.Weights, ...]
+) -> tuple[step.TrainState, jax.Array]:
+    """`step.update` with the mean of the parts' gradients."""
+    return step.update(optimizer, state, jax.tree.map(lambda *g: sum(g) / len(g), *grads))
 
 
 def _log(log: RunLog, done: int, name: str, rate: float, records: list[Record]) -> None:
