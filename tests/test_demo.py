@@ -60,7 +60,7 @@ def test_diffusers_paints_the_same_pictures(offline, tmp_path):
     )
 
     pipeline = StableDiffusionPipeline.from_pretrained(
-        MODEL, torch_dtype=torch.float32, safety_checker=None
+        MODEL, dtype=torch.float32, safety_checker=None
     )
     noise = np.random.default_rng(0).normal(size=(2, 4, HEIGHT // 8, WIDTH // 8))
     noise = noise.astype(np.float32)
