@@ -12,7 +12,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 .PHONY: help demo test check format clean
 
 help:
-	@echo "make demo     trains a small model on photographs, ends with a picture and a webui file"
+	@echo "make demo     teaches a small model a subject; pictures before and after, a webui file"
 	@echo "make test     formatting, lint, types, tests      (PYTEST_ARGS='-k resume' for some tests)"
 	@echo "make check    formatting, lint, types"
 	@echo "make format   formats the code"
@@ -38,8 +38,10 @@ clean:
 	rm -rf demo output build dist .cache .hypothesis .pytest_cache .ruff_cache
 
 # A stamp is as old as the last installation: it is repeated when pyproject.toml changes.
+$(VENV)/demo.stamp: EXTRA =
+$(VENV)/test.stamp: EXTRA = [test]
 $(VENV)/%.stamp: pyproject.toml | $(VENV)/bin/python
-	$(PIP) --editable '.[$*]'
+	$(PIP) --editable '.$(EXTRA)'
 	touch $@
 
 $(VENV)/bin/python:

@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxft import inspection, low_rank, params, pickled, tensor_file, verify
+from jaxft.builtin.names import resolve
 from jaxft.cli import run
 from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder, flax_folder, hcp, layout, lora, webui
@@ -62,12 +63,12 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_lora_commands(commands)
     command = commands.add_parser("inspect", help="what a file or folder is")
-    command.add_argument("path", type=Path)
+    command.add_argument("path", type=resolve, help="a file, a folder, or builtin:demo")
     command.set_defaults(run=inspect)
 
     command = commands.add_parser("verify", help="compare two models in diffusers (needs torch)")
-    command.add_argument("a", type=Path, metavar="A", help="diffusers folder or webui file")
-    command.add_argument("b", type=Path, metavar="B", help="diffusers folder or webui file")
+    command.add_argument("a", type=resolve, metavar="A", help="diffusers folder or webui file")
+    command.add_argument("b", type=resolve, metavar="B", help="diffusers folder or webui file")
     command.add_argument(
         "--tolerance",
         type=float,

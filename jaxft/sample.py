@@ -80,22 +80,13 @@ def sample(config: Config) -> None:
     """Writes num × bs images to `save.out_dir`."""
     compile_cache.enable(config.compile_cache)
     requests = make_requests(config)
-    texts = [(parse(r.prompt), parse(r.negative_prompt)) for r in requests]
     model = load_model(config)
-    steps = config.infer_args.num_inference_steps
-    table = make_table(model, steps, config.new_components.scheduler)
-    noise = make_noise(config, model, [request.seed for request in requests])
-    tokenizers = make_tokenizers(model)
-    _warn_of_cut(tokenizers[0], texts, config.N_repeats)
+    images = paint(requests, model, config)
 
     out_dir = Path(config.save.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     number = gallery.next_number(out_dir)
-    batches = make_batches(texts, noise, config, tokenizers)
-    images = generate_images(model, table, batches, config)
-    # The first image waits for the compiler: the bar stands at 0 meanwhile.
-    progress = tqdm(images, total=len(requests), unit="image", desc="sampling")
-    for request, (pixels, finite) in zip(requests, progress, strict=True):
+    for request, (pixels, finite) in zip(requests, images, strict=True):
         if not finite:
             remedy = "try dtype=bf16" if config.dtype == "fp16" else "are the weights damaged?"
             raise UserError(f"the image of seed {request.seed} is not made of numbers; {remedy}")
@@ -132,6 +123,27 @@ def make_requests(config: Config) -> list[Request]:
         raise UserError(f"seed: must lie between 0 and {2**32 - 1}")
     rows = zip(columns["prompt"], columns["neg_prompt"], seeds, strict=True)
     return [Request(*row) for row in rows]
+
+
+def paint(
+    requests: Sequence[Request], model: Model, config: Config
+) -> Iterator[tuple[np.ndarray, bool]]:
+    """Each request's image [h, w, 3] uint8, and whether all of its numbers were finite; made `bs`
+    at a time, with a progress bar. All that can be wrong is found before the first.
+
+    Raises:
+        UserError: a prompt, the sampler, the size or a tokenizer is not usable.
+    """
+    texts = [(parse(r.prompt), parse(r.negative_prompt)) for r in requests]
+    steps = config.infer_args.num_inference_steps
+    table = make_table(model, steps, config.new_components.scheduler)
+    noise = make_noise(config, model, [request.seed for request in requests])
+    tokenizers = make_tokenizers(model)
+    _warn_of_cut(tokenizers[0], texts, config.N_repeats)
+    batches = make_batches(texts, noise, config, tokenizers)
+    images = generate_images(model, table, batches, config)
+    # The first image waits for the compiler: the bar stands at 0 meanwhile.
+    return iter(tqdm(images, total=len(requests), unit="image", desc="sampling"))
 
 
 def load_model(config: Config) -> Model:

@@ -1,68 +1,108 @@
-"""From photographs to a picture and a webui file, in minutes, without a GPU or a download.
+"""Teaches a small model a new subject, in minutes, without a GPU or a download: `make demo`.
 
-Makes a tiny model with random weights and a folder of captioned photographs in `demo/`, then runs
-the commands that a user would run. The model has learnt nothing, so what it paints is noise.
+Runs the commands that a user would run, in one process, so that what one has compiled serves the
+next: paints with the base model, trains it, paints the same with the trained one. Ends with a sheet
+of both and a file for webuis, in `demo/`.
 """
 
+import argparse
+import shlex
 import shutil
-import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import random_model
-import skimage
-import sklearn.datasets
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from jaxft import cli, gallery, sample, train
+from jaxft import config as configuration
 
 FOLDER = Path("demo")
-SKIMAGE = Path(skimage.__file__).parent / "data"
-SKLEARN = Path(sklearn.datasets.__file__).parent / "images"
-PHOTOGRAPHS = {
-    SKIMAGE / "astronaut.png": "a portrait of an astronaut in an orange suit",
-    SKIMAGE / "chelsea.png": "a close-up of a ginger cat",
-    SKIMAGE / "coffee.png": "a cup of coffee on a wooden table",
-    SKIMAGE / "rocket.jpg": "a rocket on its launch pad at night",
-    SKLEARN / "china.jpg": "a chinese temple behind trees",
-    SKLEARN / "flower.jpg": "a red dahlia on a dark background",
-}
+TRAINING, SHEET = "configs/train/examples/demo.yaml", "configs/infer/demo_sheet.yaml"
+PROGRAMS = {"sample": sample.main, "train": train.main}
+
+GAP, MARGIN, LINE = 2, 16, 30
+"""Pixels between pictures, around blocks of them, and of a line of text."""
+
+SUMMARY = """
+before and after      {sheet}
+file for webuis       {model}.safetensors
+folder for diffusers  {model}
+
+Try next, after `source .venv/bin/activate`:
+
+  jaxft sample --config configs/infer/demo.yaml pretrained_model={model} \\
+      prompt='a sks figure on a dotted pink background' seed=7
+  jaxft sample --config configs/infer/demo.yaml prompt='a small red star on a blue background'
+  jaxft plan --config configs/train/examples/demo.yaml
+  jaxft train --config configs/train/examples/demo.yaml exp_dir=demo/no_class data.class=---
+
+The last one trains without the class set: docs/demo.md says what that costs. With images and a
+model of your own: docs/guide.md"""
 
 
-def write_photographs(folder: Path) -> None:
-    """Captioned photographs, each whole and as an upright cut."""
-    folder.mkdir(parents=True)
-    for path, caption in PHOTOGRAPHS.items():
-        with Image.open(path) as image:
-            photo = image.convert("RGB")
-        width, height = photo.size
-        left = (width - 2 * height // 3) // 2
-        cut = photo.crop((left, 0, left + 2 * height // 3, height))
-        for name, picture in ((path.stem, photo), (f"{path.stem}_upright", cut)):
-            picture.thumbnail((256, 256))
-            picture.save(folder / f"{name}.png")
-            (folder / f"{name}.txt").write_text(f"{caption}\n")
+def main(argv: Sequence[str]) -> int:
+    """The program; returns its exit code. Raises UserError for the user's mistakes."""
+    argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0]).parse_args(argv)
+    before, after, trained = (FOLDER / name for name in ("before", "after", "run"))
+    for folder in (before, after, trained):
+        shutil.rmtree(folder, ignore_errors=True)
+    model = trained / "export" / trained.name
+    run("sample", "--config", SHEET, f"save.out_dir={before}")
+    run("train", "--config", TRAINING, f"exp_dir={trained}")
+    run("sample", "--config", SHEET, f"pretrained_model={model}", f"save.out_dir={after}")
+
+    config, _ = configuration.load(SHEET, schema="infer")
+    prompts = list(dict.fromkeys(config.prompt))
+    blocks = {"before training": read_pictures(before), "after training": read_pictures(after)}
+    sheet = FOLDER / "demo.png"
+    gallery.write_image(sheet, contact_sheet(prompts, blocks), {}, quality=100)
+    print(SUMMARY.format(sheet=sheet, model=model))
+    return 0
 
 
-def run(*command: str) -> None:
-    """Shows a command and runs it."""
-    print("\n$ python", *command, flush=True)
-    subprocess.run([sys.executable, *command], check=True)
+def run(program: str, *arguments: str) -> None:
+    """Shows a command and runs it; where it ends early (Ctrl-C), so does the demo."""
+    print(f"\n$ jaxft {shlex.join([program, *arguments])}", flush=True)
+    if code := PROGRAMS[program](arguments):
+        sys.exit(code)
 
 
-def main() -> None:
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    random_model.write(FOLDER / "model")
-    write_photographs(FOLDER / "photos")
-    run("-m", "jaxft.train", "--config", "configs/train/examples/demo.yaml")
-    run(
-        *("-m", "jaxft.sample", "--config", "configs/infer/t2i_part.yaml"),
-        *("pretrained_model=demo/model", "part_path=demo/run/ckpts/unet-60.safetensors"),
-        *("prompt=a cup of coffee on a wooden table", "seed=0", "bs=2", "dtype=fp32"),
-        *("infer_args.width=128", "infer_args.height=128", "infer_args.num_inference_steps=20"),
-        "save.out_dir=demo/pictures",
-    )
-    picture = sorted((FOLDER / "pictures").glob("*.png"))[0]
-    print(f"\npicture    {picture}\nwebui file {FOLDER / 'run' / 'export' / 'run.safetensors'}")
+def read_pictures(folder: Path) -> np.ndarray:
+    """The pictures that `jaxft sample` wrote, in the order of their numbers: uint8 [n, h, w, 3]."""
+    paths = sorted(folder.glob("*.png"), key=lambda path: int(path.name.partition("-")[0]))
+    return np.stack([np.asarray(Image.open(path)) for path in paths])
+
+
+def contact_sheet(prompts: Sequence[str], blocks: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Blocks of pictures side by side under their titles, uint8 [h, w, 3].
+
+    Args:
+        prompts: each above its row.
+        blocks: title -> pictures, uint8 [n, h, w, 3], as many for each prompt, in their order.
+    """
+    num_pictures, height, width, _ = next(iter(blocks.values())).shape
+    per_prompt = num_pictures // len(prompts)
+    block_width, row_height = per_prompt * (width + GAP) + MARGIN, LINE + height
+    size = MARGIN + len(blocks) * block_width, LINE + len(prompts) * row_height + MARGIN
+    canvas = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=18)
+
+    def write(x: int, y: int, text: str, colour: str) -> None:
+        draw.text((x, y + LINE // 2), text, colour, font, anchor="lm")
+
+    for row, prompt in enumerate(prompts):
+        write(MARGIN, LINE + row * row_height, prompt, "black")
+    for block, (title, pictures) in enumerate(blocks.items()):
+        left = MARGIN + block * block_width
+        write(left, 0, title, "gray")
+        for number, picture in enumerate(pictures):
+            row, column = divmod(number, per_prompt)
+            place = left + column * (width + GAP), 2 * LINE + row * row_height
+            canvas.paste(Image.fromarray(picture), place)
+    return np.asarray(canvas)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

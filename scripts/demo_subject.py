@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 WORD = "sks"
-"""The word that names it, in front of the class's (`demo_world.CLASS`)."""
+NAME = f"{WORD} {world.CLASS}"
+"""The word that names it, and that with the class's."""
 
 BACKGROUNDS = ("green", "blue", "orange", "pink", "white")
 """Colours that the robot does not have itself."""
@@ -68,12 +69,15 @@ def random_picture(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.
     background = world.random_scene(rng, size, 1).background._replace(
         colour=BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
     )
+    return paint(size, x, y, RADIUS, background), caption(background, NAME)
+
+
+def caption(background: world.Background, name: str) -> str:
+    """Says that `name` is on the background, and nothing else."""
     words = background.colour
     if background.pattern != "plain":
         words = f"{background.pattern} {words}"
-    article = "an" if words[0] in "aeiou" else "a"
-    caption = f"a {WORD} {world.CLASS} on {article} {words} background"
-    return paint(size, x, y, RADIUS, background), caption
+    return f"a {name} on {'an' if words[0] in 'aeiou' else 'a'} {words} background"
 
 
 def write(folder: Path, seed: int = 0) -> None:

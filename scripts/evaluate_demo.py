@@ -1,7 +1,7 @@
 """Counts how many of a demo model's pictures show what they should: the figures of its card.
 
-    python scripts/evaluate_demo.py MODEL_FOLDER
-    python scripts/evaluate_demo.py MODEL_FOLDER --unet unet-60.safetensors --prompts subject
+    python scripts/evaluate_demo.py builtin:demo
+    python scripts/evaluate_demo.py builtin:demo --unet demo/run/ckpts/unet-300.safetensors
 
 Prompts are captions of combinations that training never showed; `judge` looks at the pictures.
 Writes figures.json and a sheet of pictures for each kind of prompt, wrong ones framed in red.
@@ -25,11 +25,10 @@ from tqdm import tqdm
 from jaxft import cli, compile_cache, gallery, params, sample, step
 from jaxft import config as configuration
 from jaxft.config import Config
-from jaxft.data.prompt_weights import parse
 from jaxft.formats import diffusers_folder
 from jaxft.models.vae import AutoencoderKL
 
-CONFIG = "configs/infer/text2img.yaml"
+CONFIG = "configs/infer/demo.yaml"
 SIZE = world.SIZES[0]
 BATCH = 20
 NUM_SUBJECT = 50
@@ -70,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     compile_cache.enable(config.compile_cache)
     model = sample.load_model(config)
     tasks = [task for kind in args.prompts for task in TASKS[kind](kind, args)]
-    pictures = list(paint(tasks, model, config))
+    pictures = paint(tasks, model, config)
     verdicts = [judged(task, picture) for task, picture in zip(tasks, pictures, strict=True)]
 
     args.out.mkdir(parents=True, exist_ok=True)
@@ -95,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; `prompts` is a list of kinds."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("model", type=Path, help="folder in diffusers format")
+    parser.add_argument("model", help="builtin:demo, or a folder in diffusers format")
     parser.add_argument("--unet", type=Path, help="part file with trained weights")
     parser.add_argument("--text-encoder", type=Path, help="part file with trained weights")
     parser.add_argument("--images", type=int, default=200, help="for each kind of prompt")
@@ -114,12 +113,9 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def make_config(args: argparse.Namespace) -> Config:
     """The configuration with which `jaxft sample` would make the same pictures."""
     values = {
-        "pretrained_model": str(args.model),
+        "pretrained_model": args.model,
         "bs": BATCH,
-        "dtype": "fp32",
         "compile_cache": ".cache/xla",
-        "infer_args.width": SIZE[0],
-        "infer_args.height": SIZE[1],
         "infer_args.guidance_scale": args.guidance,
         "infer_args.num_inference_steps": args.steps,
     }
@@ -157,8 +153,7 @@ def subject_tasks(kind: str, args: argparse.Namespace) -> list[Task]:
     return [
         Task(
             kind,
-            f"a {subject.WORD} {world.CLASS} on {'an' if colour[0] in 'aeiou' else 'a'} {colour} "
-            "background",
+            subject.caption(world.Background(colour, "plain"), subject.NAME),
             args.seed + i,
             colour,
         )
@@ -174,22 +169,14 @@ TASKS: dict[str, Callable[[str, argparse.Namespace], list[Task]]] = {
 """Kind of prompt -> the tasks of that kind."""
 
 
-def paint(
-    tasks: Sequence[Task], model: diffusers_folder.Model, config: Config
-) -> Iterator[np.ndarray]:
+def paint(tasks: Sequence[Task], model: diffusers_folder.Model, config: Config) -> list[np.ndarray]:
     """The model's picture for each task, uint8 [h, w, 3]."""
     # A smaller batch would be compiled anew.
     padded = [*tasks, *tasks[-1:] * (-len(tasks) % config.bs)]
-    texts = [(parse(task.prompt), parse("")) for task in padded]
-    noise = sample.make_noise(config, model, [task.seed for task in padded])
-    table = sample.make_table(model, config.infer_args.num_inference_steps, None)
-    batches = sample.make_batches(texts, noise, config, sample.make_tokenizers(model))
-    # The first batch waits for the compiler: the bar stands at 0 meanwhile.
-    bar = tqdm(batches, total=len(texts) // config.bs, unit="batch", desc="sampling")
-    images = sample.generate_images(model, table, iter(bar), config)
-    for number, (pixels, _) in enumerate(images):  # the judge sees for itself what is no number
-        if number < len(tasks):
-            yield pixels
+    requests = [sample.Request(task.prompt, "", task.seed) for task in padded]
+    images = list(sample.paint(requests, model, config))
+    # The judge sees for itself what is no number.
+    return [pixels for pixels, _ in images[: len(tasks)]]
 
 
 def judged(task: Task, picture: np.ndarray) -> Verdict:

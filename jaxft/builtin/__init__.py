@@ -1,1 +1,1 @@
-"""Pictures that come with jaxft."""
+"""A small model, and pictures to train it on, that come with jaxft."""

@@ -6,7 +6,7 @@ from jaxft.errors import UserError
 
 PREFIX = "builtin:"
 
-FOLDERS = {"demo/subject": "demo/subject"}
+FOLDERS = {"demo": "demo/model", "demo/subject": "demo/subject", "demo/class": "demo/class"}
 """Name -> folder beside this file."""
 
 
