@@ -59,7 +59,8 @@ def keys_of(stored: Mapping[str, Any], source: str) -> tuple[str, ...]:
         UserError: there are none, or there are other tensors too.
     """
     rest = stored.keys() - BOOKKEEPING
-    keys = next((form for form in FORMS if rest.issuperset(form)), tuple(sorted(rest)[:1]))
+    inputs = sorted(key for key in rest if not key.endswith(OUTPUT))
+    keys = next((form for form in FORMS if rest.issuperset(form)), tuple(inputs[:1]))
     others = sorted(rest.difference(keys))
     if outputs := [key for key in others if key.endswith(OUTPUT)]:
         raise UserError(
@@ -100,7 +101,7 @@ def from_tensors(stored: Mapping[str, Any], source: str) -> np.ndarray:
 def kind(width: int, source: str) -> Kind:
     """For which models an array of this width is; raises UserError where there are none."""
     if width not in KINDS:
-        known = ", ".join(f"{width} ({kind.family.title})" for width, kind in KINDS.items())
+        known = ", ".join(f"{wide} ({made.family.title})" for wide, made in KINDS.items())
         raise UserError(f"{source}: this embedding is {width} wide; we know {known}")
     return KINDS[width]
 
