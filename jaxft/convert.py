@@ -1,8 +1,9 @@
-"""`python -m jaxft.convert`: files of models and LoRAs from one form into another.
+"""`python -m jaxft.convert`: files of models, LoRAs and words from one form into another.
 
 to-webui      --model_path DIR --save_path FILE [--half]
 to-diffusers  --model_path FILE|DIR --save_path DIR [--config DIR]   (from-webui: the same)
 lora          --lora_path FILE [FILE] --model DIR --to kohya|peft|hcp --save_path PATH
+embedding     FILE --save_path FILE
 merge         --model_path DIR --save_path DIR [--part FILE[=ALPHA]] [--lora FILE[=ALPHA]]
 extract-lora  --base DIR --tuned DIR --rank N --save_path FILE
 inspect PATH  what a file or folder is
@@ -10,19 +11,20 @@ verify A B    do diffusers' own loaders see the same model in both?
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from jaxft import inspection, low_rank, params, pickled, tensor_file, verify
+from jaxft import inspection, low_rank, merging, params, pickled, tensor_file, verify
 from jaxft.builtin.names import resolve
 from jaxft.cli import run
 from jaxft.errors import UserError
-from jaxft.formats import diffusers_folder, flax_folder, hcp, layout, lora, webui
+from jaxft.formats import diffusers_folder, embeddings, flax_folder, layout, lora, webui
 from jaxft.formats.diffusers_folder import Component, Model
+from jaxft.merging import Addition
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 LORA_FORMS = ("kohya", "peft", "hcp")
@@ -99,8 +101,15 @@ def _add_lora_commands(commands: Any) -> None:
         )
     command.add_argument("--base_model_alpha", type=float, default=0.0, help="W's share in parts")
     command.add_argument("--layers", nargs="+", default="all", help="patterns of layers (all)")
+    command.add_argument("--ema", action="store_true", help="moving averages of HCP-Diffusion")
     command.add_argument("--dtype", choices=params.DTYPES, help="precision (as it is)")
     command.set_defaults(run=merge)
+
+    command = commands.add_parser("embedding", help="the embedding of a word -> safetensors")
+    command.add_argument("embedding", type=Path, metavar="FILE", help=".pt, .bin or .safetensors")
+    command.add_argument("--save_path", required=True, type=Path, help="WORD.safetensors")
+    command.add_argument("--dtype", choices=params.DTYPES, help="precision (float32)")
+    command.set_defaults(run=convert_embedding)
 
     command = commands.add_parser("extract-lora", help="the difference of two models as a LoRA")
     command.add_argument("--base", required=True, help="diffusers folder, before training")
@@ -210,51 +219,48 @@ def convert_lora(args: argparse.Namespace) -> int:
     return 0
 
 
+def convert_embedding(args: argparse.Namespace) -> int:
+    """Writes an embedding in the form that webuis, diffusers and `emb_dir` read."""
+    source, path = args.embedding, args.save_path
+    if path.suffix != ".safetensors":
+        raise UserError(f"--save_path {path}: only safetensors is written, which webuis read too")
+    stored = _tensors(source)
+    outputs = [key for key in stored if key.endswith(embeddings.OUTPUT)]
+    rows = embeddings.from_tensors({k: stored[k] for k in stored if k not in outputs}, str(source))
+    kind = embeddings.kind(rows.shape[1], str(source))
+    for key in outputs:
+        print(f"left out {key}: OneTrainer alone adds it to the text encoder's output")
+    embeddings.write(path, rows, kind.widths, args.dtype)
+    print(f"wrote {path} ({embeddings.describe(*rows.shape)})")
+    return 0
+
+
 def merge(args: argparse.Namespace) -> int:
-    """Writes a model with W ← base_model_alpha · W + alpha · V for parts, then LoRAs added."""
+    """Writes a model with W ← base_model_alpha · W + Σ alpha · V for parts, then LoRAs added."""
     diffusers_folder.check_replaceable(args.save_path)
+    parts, loras = (
+        [_with_alpha(text)._replace(layers=args.layers) for text in texts]
+        for texts in (args.part, args.lora)
+    )
     model = diffusers_folder.read(args.model_path)
-    for path, alpha in map(_with_alpha, args.part):
-        part = hcp.read_part(path)
-        name = _network_of(part, model, path)
-        merged = hcp.merge_part(
-            model.parts[name].params,
-            part,
-            alpha=alpha,
-            base_model_alpha=args.base_model_alpha,
-            layers=args.layers,
-            source=str(path),
-        )
-        model = model.replace(**{name: model.parts[name]._replace(params=merged)})
-    for path, alpha in map(_with_alpha, args.lora):
-        for name, layers in lora.read(path, model.configs).items():
-            component = model.parts[name]
-            chosen = low_rank.choose(layers, component.params, args.layers, str(path))
-            merged = low_rank.merge(component.params, chosen, alpha)
-            model = model.replace(**{name: component._replace(params=merged)})
+    model = merging.merge_parts(
+        model, parts, base_model_alpha=args.base_model_alpha, average=args.ema
+    )
+    model = merging.merge_loras(model, loras, average=args.ema)
     diffusers_folder.write(args.save_path, model, args.dtype)
     print(f"wrote {args.save_path}")
     return 0
 
 
-def _with_alpha(text: str) -> tuple[Path, float]:
+def _with_alpha(text: str) -> Addition:
     """FILE or FILE=ALPHA."""
     path, _, alpha = text.rpartition("=")
     if not path:
-        return Path(text), 1.0
+        return Addition(text)
     try:
-        return Path(path), float(alpha)
+        return Addition(path, float(alpha))
     except ValueError:
         raise UserError(f"{text}: after '=' comes a number, as in FILE=0.7") from None
-
-
-def _network_of(part: Mapping[str, Any], model: Model, path: Path) -> str:
-    """The network that a part file's weights belong to."""
-    for name, component in model.parts.items():
-        shapes = {key: array.shape for key, array in component.params.items()}
-        if all(shapes.get(key) == array.shape for key, array in part.items()):
-            return name
-    raise UserError(f"{path}: its weights are of no network of {model.folder}")
 
 
 def extract_lora(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jaxft import tensor_file
 from jaxft.errors import UserError
-from jaxft.formats import diffusers_folder, webui
+from jaxft.formats import diffusers_folder, embeddings, hcp, webui
 from jaxft.tensor_file import Entry
 
 LORA_MARKS = {
@@ -56,13 +56,15 @@ def _folder(path: Path) -> Iterator[str]:
 
 
 def _kind(tensors: Mapping[str, Entry], source: str) -> str:
+    kinds = {key.partition(":")[0] for key in tensors if ":" in key}
+    if kinds & {"base", "base_ema"}:
+        held = ", ".join(hcp.KINDS.get(kind, kind) for kind in sorted(kinds))
+        return f"HCP-Diffusion's part file: {held}"
     for mark, whose in LORA_MARKS.items():
         if any(mark in key for key in tensors):
             return f"LoRA in {whose} form"
-    if any(key.startswith(("base:", "base_ema:")) for key in tensors):
-        return "trained weights of one network (HCP-Diffusion's part file)"
-    if tensors.keys() & {"emb_params", "clip_l", "clip_g"}:
-        return "embedding of a word"
+    if shape := embeddings.shape(tensors):
+        return f"embedding of the word {Path(source).stem!r}: {embeddings.describe(*shape)}"
     try:
         family = webui.detect(tensors, source)
     except UserError:

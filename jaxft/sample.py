@@ -11,22 +11,23 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxft import __version__, compat, compile_cache, gallery, low_rank, params
+from jaxft import __version__, compat, compile_cache, gallery, merging, params
 from jaxft import config as configuration
 from jaxft.cli import run
 from jaxft.config import Config
 from jaxft.data.prompt_weights import WeightedText, WeightedTokenizer, parse
-from jaxft.diffusion import generate, scheduler_config
+from jaxft.diffusion import conditioning, generate, scheduler_config
 from jaxft.diffusion.generate import Networks, Prompts
 from jaxft.diffusion.samplers import Table
 from jaxft.errors import UserError
-from jaxft.formats import diffusers_folder, hcp, lora
-from jaxft.formats.diffusers_folder import Component, Model
+from jaxft.formats import diffusers_folder, embeddings
+from jaxft.formats.diffusers_folder import Model
+from jaxft.merging import Addition
 from jaxft.models import vae
 from jaxft.shapes import Latents
 
-MERGED = {"unet": "unet", "TE": "text_encoder"}
-"""`merge.*.type` -> the network's name in the folder."""
+MERGED = {"unet": ("unet",), "TE": ("text_encoder", "text_encoder_2")}
+"""`merge.*.type` -> the networks that its files are of."""
 
 
 class Request(NamedTuple):
@@ -139,6 +140,8 @@ def paint(
     table = make_table(model, steps, config.new_components.scheduler)
     noise = make_noise(config, model, [request.seed for request in requests])
     tokenizers = make_tokenizers(model)
+    if config.emb_dir:
+        model = add_words(model, tokenizers, Path(config.emb_dir))
     _warn_of_cut(tokenizers[0], texts, config.N_repeats)
     batches = make_batches(texts, noise, config, tokenizers)
     images = generate_images(model, table, batches, config)
@@ -156,32 +159,32 @@ def load_model(config: Config) -> Model:
     model = diffusers_folder.read(
         config.pretrained_model, revision=config.revision, variant=config.variant
     )
-    for group in (config.merge or {}).values():
-        network = MERGED[group.type]
-        component: Component = model.parts[network]
-        weights = component.params
-        for part in group.part.values():
-            weights = hcp.merge_part(
-                weights,
-                hcp.read_part(Path(part.path)),
-                alpha=part.alpha,
-                base_model_alpha=group.base_model_alpha,
-                layers=part.layers,
-                source=part.path,
-            )
-        for item in group.lora.values():
-            layers = lora.read(Path(item.path), model.configs).get(network, {})
-            chosen = low_rank.choose(layers, weights, item.layers, item.path)
-            weights = low_rank.merge(weights, chosen, item.alpha)
-        component = component._replace(params=weights)
-        model = model.replace(**{network: component})
+    average = config.merge.load_ema
+    for group in _groups(config):
+        networks = MERGED[group.type]
+        parts, loras = (
+            [Addition(item.path, item.alpha, item.layers) for item in items.values()]
+            for items in (group.part, group.lora)
+        )
+        model = merging.merge_parts(
+            model,
+            parts,
+            base_model_alpha=group.base_model_alpha,
+            networks=networks,
+            average=average,
+        )
+        model = merging.merge_loras(model, loras, networks=networks, average=average)
     return replace_components(model, config.new_components)
+
+
+def _groups(config: Config) -> list[Config]:
+    """The groups of `merge`, in their order."""
+    return [group for name, group in config.merge.items() if name != "load_ema"]
 
 
 def _check_part_path(config: Config) -> None:
     """Raises UserError where `part_path` is given to a configuration that does not merge it."""
-    groups = (config.merge or {}).values()
-    merged = {part.path for group in groups for part in group.part.values()}
+    merged = {part.path for group in _groups(config) for part in group.part.values()}
     if config.part_path and config.part_path not in merged:
         raise UserError(
             "part_path: this configuration merges no part; use --config configs/infer/t2i_part.yaml"
@@ -245,14 +248,33 @@ def make_tokenizers(model: Model) -> list[WeightedTokenizer]:
     for part, folder in model.tokenizers.items():
         tokenizer = WeightedTokenizer(folder)
         weights = model.parts[part].params
-        embeddings = weights["text_model.embeddings.token_embedding.weight"]
-        if tokenizer.vocab_size > len(embeddings):
+        size = len(weights[conditioning.TOKEN_TABLE])
+        if tokenizer.vocab_size > size:
             raise UserError(
-                f"{folder}: has {tokenizer.vocab_size} tokens, the text encoder knows "
-                f"{len(embeddings)}; they are of different models"
+                f"{folder}: has {tokenizer.vocab_size} tokens, the text encoder knows {size}; "
+                "they are of different models"
             )
         tokenizers.append(tokenizer)
     return tokenizers
+
+
+def add_words(model: Model, tokenizers: Sequence[WeightedTokenizer], folder: Path) -> Model:
+    """The model with the words of a folder of embeddings; its tokenizers learn them too.
+
+    Raises:
+        UserError: the folder has no embeddings, one does not fit the model, or a word is taken.
+    """
+    widths = embeddings.widths(model.configs)
+    words = embeddings.read_folder(folder, widths)
+    counts = {word: len(rows) for word, rows in words.items()}
+    columns = embeddings.split(np.concatenate([*words.values()]), widths)
+    for part, tokenizer, rows in zip(model.tokenizers, tokenizers, columns, strict=True):
+        component = model.parts[part]
+        tokenizer.add_words(counts, first=len(component.params[conditioning.TOKEN_TABLE]))
+        weights = conditioning.add_rows(component.params, rows)
+        model = model.replace(**{part: component._replace(params=weights)})
+    print(f"words of {folder}: {', '.join(counts)}")
+    return model
 
 
 def _warn_of_cut(

@@ -16,7 +16,7 @@ LAYERS = (
     {"low_rank"},
     {"diffusion", "foreign", "formats", "tuning"},
     {"compat", "config", "step"},
-    {"compiled", "inspection", "pickled", "plan", "verify"},
+    {"compiled", "inspection", "merging", "pickled", "plan", "verify"},
     {"records"},
     {"convert", "sample", "train"},
 )

@@ -71,11 +71,11 @@ class WeightedTokenizer(Tokenizer):
     ) -> tuple[Int[np.ndarray, "repeats 77"], Float[np.ndarray, " s"]]:
         """Ids of the text, and the weights of its s = 75·repeats + 2 joined text states.
 
-        A token has the weight of its first character; start, end and padding have 1.
+        A token has the weight of its first character, an added word in all of its rows; start, end
+        and padding have 1.
         """
         capacity = (ROW - 2) * repeats
         weights = np.ones(capacity + 2, np.float32)
-        spans = self._backend.encode(prompt.text, add_special_tokens=False).offsets[:capacity]
-        for token, (start, _) in enumerate(spans):
-            weights[1 + token] = prompt.weights[start]
+        for position, (_, start) in enumerate(self._tokens(prompt.text)[:capacity]):
+            weights[1 + position] = prompt.weights[start]
         return self.encode(prompt.text, repeats), weights

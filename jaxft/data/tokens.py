@@ -1,6 +1,7 @@
 """Prompts to token ids: CLIP's tokenizer, in rows of 77."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +41,45 @@ class Tokenizer:
         self._pad = int(tokenizer.pad_token_id)
         self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
         """One more than the largest id; the text encoder must have as many embeddings."""
+        self._rows: dict[int, range] = {}
+        """The tokenizer's own id of an added word -> the ids that it stands for."""
+
+    def add_words(self, words: Mapping[str, int], first: int) -> None:
+        """Makes each word stand for a number of ids of its own, counted up from `first`.
+
+        As in diffusers and HCP-Diffusion a word is found anywhere in a text, in upper case too, and
+        of two words that begin alike the longer one.
+
+        Raises:
+            UserError: the text encoder knows a word already, or two words are one to the tokenizer.
+        """
+        spellings: dict[str, str] = {}
+        for word in words:
+            if len(self._content(word)) < 2:
+                raise UserError(
+                    f"the word {word!r} is in the model's vocabulary already; give its file "
+                    "another name, such as one with a number"
+                )
+            spelling = self._backend.normalizer.normalize_str(word)
+            if other := spellings.get(spelling):
+                raise UserError(f"the words {other!r} and {word!r} are one to the tokenizer")
+            spellings[spelling] = word
+        for word, count in words.items():
+            self._backend.add_tokens([word])
+            self._rows[self._backend.token_to_id(word)] = range(first, first + count)
+            first += count
 
     def _content(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return [token for token, _ in self._tokens(text)]
+
+    def _tokens(self, text: str) -> list[tuple[int, int]]:
+        """Each token's id and the place of its first character."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return [
+            (row, start)
+            for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)
+            for row in self._rows.get(token, (token,))
+        ]
 
     def fits(self, text: str, repeats: int = 1) -> bool:
         """Whether `encode` keeps all of the text."""

@@ -4,9 +4,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxft.shapes import TextStates
+from jaxft.shapes import Params, TextStates
+
+TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"
+"""A text encoder's weight whose rows are its tokens."""
+
+
+def add_rows(weights: Params, rows: Float[Array | np.ndarray, "n d"]) -> Params:
+    """A text encoder's weights with rows of words behind its table of tokens.
+
+    Their ids go on from the table's length (`Tokenizer.add_words`). The table itself is an input as
+    before, so that a gradient by `rows` is one of the words alone.
+    """
+    return weights | {TOKEN_TABLE: jnp.concatenate([weights[TOKEN_TABLE], rows])}
 
 
 def encode_text(

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxft import params, tensor_file
 from jaxft.errors import UserError
-from jaxft.formats import diffusers_folder, families
+from jaxft.formats import diffusers_folder, families, hcp
 from jaxft.formats.diffusers_folder import Configs
 from jaxft.formats.webui_names import PREFIXES, names
 from jaxft.low_rank import Lora, LowRank
@@ -75,12 +75,13 @@ def kohya_names(configs: Configs) -> dict[tuple[str, str], str]:
     return keys
 
 
-def read(path: Path, configs: Configs) -> Lora:
+def read(path: Path, configs: Configs, average: bool = False) -> Lora:
     """Reads a LoRA of any of the three forms.
 
     Args:
         path: the file.
         configs: of the model that it belongs to.
+        average: whether to take the moving average in HCP-Diffusion's form; other forms have none.
 
     Raises:
         UserError: the file is unreadable, no LoRA, of a kind that is not supported, or made for
@@ -92,8 +93,8 @@ def read(path: Path, configs: Configs) -> Lora:
         for mark, kind in OTHER_KINDS.items():
             if mark in f"{key}.":
                 raise UserError(f"{path}: not supported: {kind} ({key})")
-    if any(key.startswith("lora:") for key in stored):
-        lora = _from_hcp(stored, path)
+    if any(key.startswith(("lora:", "lora_ema:")) for key in stored):
+        lora = _from_hcp(stored, path, average)
     elif any(".lora_A." in key for key in stored):
         lora = _from_peft(stored, metadata, path)
     elif any(key.endswith("lora_down.weight") for key in stored):
@@ -274,43 +275,45 @@ HCP_ENDS = {"layer.W_down": "layer.W_up"} | {
 }
 """End of the first factor's key -> of the second's; `lora_down` in files of its first versions."""
 
-HCP_XL = {"clip_B.": "text_encoder", "clip_bigG.": "text_encoder_2"}
-"""What the modules of XL's text encoders, which are in one file, begin with."""
 
-
-def _from_hcp(stored: Mapping[str, Any], path: Path) -> Lora:
+def _from_hcp(stored: Mapping[str, Any], path: Path, average: bool) -> Lora:
+    kind = "lora_ema" if average else "lora"
+    named = hcp.kinds(path, stored).get(kind)
+    if named is None:
+        raise UserError(f"{path}: no LoRA in it (no key '{kind}:…')")
     lora: Lora = {}
-    for key, down in stored.items():
-        module, mark, end = key.removeprefix("lora:").partition(".___.")
-        if not (mark and key.startswith("lora:")):
-            raise UserError(f"{path}: {key} is no key of a LoRA in HCP-Diffusion's form")
+    for key, down in named.items():
+        layer, mark, end = key.partition(".___.")
+        if not mark:
+            raise UserError(f"{path}: {kind}:{key} is no key of a LoRA in HCP-Diffusion's form")
         if end not in HCP_ENDS:
             continue
-        start = f"lora:{module}.___."
-        up = stored.get(start + HCP_ENDS[end])
+        up = named.get(f"{layer}.___.{HCP_ENDS[end]}")
         if up is None:
-            raise UserError(f"{path}: {start}{HCP_ENDS[end]} is missing")
-        scale = float(stored.get(f"{start}alpha", 1 / len(down)))
-        part = "text_encoder" if module.startswith(TEXT_PREFIX) else "unet"
-        for prefix, own in HCP_XL.items():
-            if module.startswith(prefix):
-                part, module = own, module.removeprefix(prefix)
+            raise UserError(f"{path}: {kind}:{layer}.___.{HCP_ENDS[end]} is missing")
+        scale = float(named.get(f"{layer}.___.alpha", 1 / len(down)))
+        own = "text_encoder" if layer.startswith(TEXT_PREFIX) else "unet"
+        part, module = hcp.place(layer, own)
         lora.setdefault(part, {})[module] = LowRank(down, up, scale * len(down))
     return lora
 
 
 def write_hcp(folder: Path, lora: Lora, dtype: str | None = None) -> None:
     """Writes HCP-Diffusion's part files, `unet` and `text_encoder`; alphas divided by the rank."""
-    prefixes = {part: prefix for prefix, part in HCP_XL.items()} if "text_encoder_2" in lora else {}
-    files: dict[str, dict[str, Any]] = {}
-    for part, layers in lora.items():
-        stored = files.setdefault(part.removesuffix("_2"), {})
-        for module, low in layers.items():
-            start = f"lora:{prefixes.get(part, '')}{module}.___."
-            stored[f"{start}layer.W_down"] = low.down
-            stored[f"{start}layer.W_up"] = low.up
-            stored[f"{start}alpha"] = np.asarray(low.scale, np.float32)
-    for name, stored in files.items():
+    networks = {
+        part: {
+            f"{module}.___.{end}": value
+            for module, low in layers.items()
+            for end, value in (
+                ("layer.W_down", low.down),
+                ("layer.W_up", low.up),
+                ("alpha", np.asarray(low.scale, np.float32)),
+            )
+        }
+        for part, layers in lora.items()
+    }
+    for name, named in hcp.by_file(networks).items():
+        stored = {f"lora:{key}": value for key, value in named.items()}
         tensor_file.write(folder / f"{name}.safetensors", stored, dtype=_dtype(dtype))
 
 

@@ -125,7 +125,7 @@ class CLIPTextModel(nnx.Module):
     def __init__(self, config: Mapping[str, Any]):
         o = read_options(config)
         self.text_model = CLIPTextTransformer(o)
-        self.eos_token_id = o.eos_token_id
+        self.eos_token_id, self.vocab_size = o.eos_token_id, o.vocab_size
 
     def __call__(
         self, input_ids: TokenIds, clip_skip: int = 0, final_norm: bool = True
@@ -133,7 +133,8 @@ class CLIPTextModel(nnx.Module):
         """States and pooled state of token ids [b, s]; in the dtype of the embeddings.
 
         Args:
-            input_ids: at most `max_position_embeddings` positions.
+            input_ids: at most `max_position_embeddings` positions; those from `vocab_size` on are
+                words added to the table of tokens (`conditioning.add_rows`).
             clip_skip: layers left out at the end (0: none).
             final_norm: whether the states pass the final norm; the pooled state always does,
                 after all layers.
@@ -153,9 +154,10 @@ class CLIPTextModel(nnx.Module):
         return (normed if clip_skip == 0 else model.final_layer_norm(states)), pooled
 
     def _end(self, input_ids: TokenIds) -> Array:
-        """Position of the end token; the highest id in SD's old configurations (eos 2)."""
+        """Position of the end token; the highest id in SD's old configurations (eos 2), but for
+        words that were added behind the vocabulary."""
         if self.eos_token_id == 2:
-            return input_ids.argmax(axis=-1)
+            return jnp.where(input_ids < self.vocab_size, input_ids, -1).argmax(axis=-1)
         return (input_ids == self.eos_token_id).argmax(axis=-1)
 
 
