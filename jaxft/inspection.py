@@ -63,6 +63,8 @@ def _kind(tensors: Mapping[str, Entry], source: str) -> str:
         return "trained weights of one network (HCP-Diffusion's part file)"
     if tensors.keys() & {"emb_params", "clip_l", "clip_g"}:
         return "embedding of a word"
+    if any(key.startswith("control_model.") for key in tensors):
+        return "ControlNet in one file"
     try:
         family = webui.detect(tensors, source)
     except UserError:

@@ -20,7 +20,7 @@ from jaxft.diffusion import generate, scheduler_config
 from jaxft.diffusion.generate import Networks, Prompts
 from jaxft.diffusion.samplers import Table
 from jaxft.errors import UserError
-from jaxft.formats import diffusers_folder, hcp, lora
+from jaxft.formats import diffusers_folder, hcp, lora, single_file
 from jaxft.formats.diffusers_folder import Component, Model
 from jaxft.models import vae
 from jaxft.shapes import Latents
@@ -141,9 +141,10 @@ def load_model(config: Config) -> Model:
         UserError: a file of model, parts or components is missing or does not fit.
     """
     _check_part_path(config)
-    model = diffusers_folder.read(
+    model, told = single_file.open_model(
         config.pretrained_model, revision=config.revision, variant=config.variant
     )
+    print("\n".join(told), end="\n" if told else "")
     for group in (config.merge or {}).values():
         network = MERGED[group.type]
         component: Component = model.parts[network]
