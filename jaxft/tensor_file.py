@@ -8,6 +8,7 @@ tensor by tensor under another name, read back, and only then given its own.
 import hashlib
 import json
 import math
+import mmap
 import os
 import struct
 from collections.abc import Mapping
@@ -217,6 +218,7 @@ def write(
                 data: Any = array.reshape(-1).view(np.uint8)
                 digest.update(data)
                 file.write(data)
+                _release(tensors[name])
             file.seek(0)
             file.write(header := _header(texts, entries, digest.hexdigest()))
             file.flush()
@@ -226,6 +228,17 @@ def write(
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _release(value: Any) -> None:
+    """Gives back the memory that a mapped file takes; what is looked at again is loaded again.
+
+    Without it, converting a model would keep all of it in memory.
+    """
+    while isinstance(value, np.ndarray):
+        value = value.base
+    if isinstance(value, mmap.mmap):
+        value.madvise(mmap.MADV_DONTNEED)
 
 
 def _stored(own: np.dtype, wanted: Any) -> np.dtype:
