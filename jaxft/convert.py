@@ -1,10 +1,11 @@
 """`python -m jaxft.convert`: files of models, LoRAs and words from one form into another.
 
-to-webui      --model_path DIR --save_path FILE [--half]
+to-webui      --model_path DIR|FILE --save_path FILE [--half]
 to-diffusers  --model_path FILE|DIR --save_path DIR [--config DIR]   (from-webui: the same)
+controlnet    --model_path DIR|FILE --save_path FILE|DIR [--half]
 lora          --lora_path FILE [FILE] --model DIR --to kohya|peft|hcp --save_path PATH
 embedding     FILE --save_path FILE
-merge         --model_path DIR --save_path DIR [--part FILE[=ALPHA]] [--lora FILE[=ALPHA]]
+merge         --model_path DIR|FILE --save_path DIR [--part FILE[=ALPHA]] [--lora FILE[=ALPHA]]
 extract-lora  --base DIR --tuned DIR --rank N --save_path FILE
 inspect PATH  what a file or folder is
 verify A B    do diffusers' own loaders see the same model in both?
@@ -22,8 +23,18 @@ from jaxft import inspection, low_rank, merging, params, pickled, tensor_file, v
 from jaxft.builtin.names import resolve
 from jaxft.cli import run
 from jaxft.errors import UserError
-from jaxft.formats import diffusers_folder, embeddings, flax_folder, layout, lora, webui
-from jaxft.formats.diffusers_folder import Component, Model
+from jaxft.formats import (
+    controlnet,
+    diffusers_folder,
+    embeddings,
+    flax_folder,
+    layout,
+    lora,
+    modelspec,
+    single_file,
+    webui,
+)
+from jaxft.formats.diffusers_folder import Model
 from jaxft.merging import Addition
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
@@ -58,10 +69,16 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--save_path", required=True, type=Path, help="folder to write")
         command.add_argument(
             "--config",
-            help="diffusers folder (or hub model) of the same architecture, for what a single "
-            "file lacks: configurations and tokenizer",
+            help="diffusers folder (or hub model) of the same architecture, where it is not a "
+            "published one: its configurations and tokenizer are taken",
         )
         command.set_defaults(run=to_diffusers)
+
+    command = commands.add_parser("controlnet", help="ControlNet: folder -> file, file -> folder")
+    command.add_argument("--model_path", required=True, type=Path, help="diffusers folder or file")
+    command.add_argument("--save_path", required=True, type=Path, help="file or folder to write")
+    command.add_argument("--half", action="store_true", help="store half-precision weights")
+    command.set_defaults(run=convert_controlnet)
 
     _add_lora_commands(commands)
     command = commands.add_parser("inspect", help="what a file or folder is")
@@ -93,7 +110,9 @@ def _add_lora_commands(commands: Any) -> None:
     command.set_defaults(run=convert_lora)
 
     command = commands.add_parser("merge", help="a model with parts and LoRAs merged in")
-    command.add_argument("--model_path", required=True, help="diffusers folder or hub model")
+    command.add_argument(
+        "--model_path", required=True, help="diffusers folder, webui file, hub model"
+    )
     command.add_argument("--save_path", required=True, type=Path, help="folder to write")
     for kind, what in (("part", "unet-N or text_encoder-N .safetensors"), ("lora", "LoRA file")):
         command.add_argument(
@@ -122,7 +141,9 @@ def _add_lora_commands(commands: Any) -> None:
 
 def add_to_webui_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `to-webui`, those of HCP-Diffusion's `diffusers2sd`."""
-    parser.add_argument("--model_path", required=True, help="diffusers folder or hub model")
+    parser.add_argument(
+        "--model_path", required=True, help="diffusers folder, webui file, hub model"
+    )
     parser.add_argument("--save_path", required=True, type=Path, help="file to write")
     parser.add_argument("--half", action="store_true", help="store half-precision weights")
     parser.add_argument(
@@ -139,7 +160,7 @@ def to_webui(args: argparse.Namespace) -> int:
         path = path.with_name(path.name + ".safetensors")
     if path.is_dir():
         raise UserError(f"--save_path {path}: a folder of this name is in the way")
-    model = diffusers_folder.read(args.model_path)
+    model = _model(args.model_path)
     webui.write(path, model, "fp16" if args.half else None)
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
     return 0
@@ -152,34 +173,18 @@ def to_diffusers(args: argparse.Namespace) -> int:
     if source.is_dir():
         model = flax_folder.read(source) if flax_folder.is_one(source) else _with_pickles(source)
     else:
-        model = _from_one_file(source, args.config)
+        model, told = single_file.read(source, args.config, _tensors)
+        print("\n".join(told))
     diffusers_folder.write(args.save_path, model, dtype=None)
     print(f"wrote {args.save_path} ({model.family.title})")
     return 0
 
 
-def _from_one_file(path: Path, like: str | None) -> Model:
-    """The model in a webui file, with configurations and tokenizers of the folder `like`."""
-    if like is None:
-        family = webui.detect(_tensors(path), str(path))
-        raise UserError(
-            f"{path}: this is a {family.title} in one file, which has neither configurations nor "
-            "tokenizer; name a diffusers folder that has them: --config FOLDER"
-        )
-    folder = layout.locate(like)
-    configs = diffusers_folder.read_configs(folder)
-    tokenizers = layout.find_tokenizers(folder)
-    stored = _tensors(path)
-    if found := webui.prediction(path, stored):
-        kind, evidence = found
-        print(f"{path}: {configs.family.title}, predicts {kind}: so says {evidence}")
-        configs = configs._replace(scheduler=configs.scheduler | {"prediction_type": kind})
-    weights = webui.from_tensors(stored, configs, str(path))
-    if weights.ignored:
-        print(f"left out {len(weights.ignored)} keys that are no weights:")
-        print("\n".join(f"  {key}" for key in weights.ignored))
-    parts = {part: Component(configs.parts[part], own) for part, own in weights.parts.items()}
-    return Model(configs.family, parts, configs.scheduler, tokenizers, folder)
+def _model(name: str) -> Model:
+    """A model wherever it is; what is told of how it was read is printed."""
+    model, told = single_file.open_model(name)
+    print("\n".join(told), end="\n" if told else "")
+    return model
 
 
 def _tensors(path: Path) -> dict[str, Any]:
@@ -198,22 +203,37 @@ def _with_pickles(folder: Path) -> Model:
     return Model(configs.family, parts, configs.scheduler, tokenizers, folder)
 
 
+def convert_controlnet(args: argparse.Namespace) -> int:
+    """Writes a ControlNet's folder as one file, or its file as a folder."""
+    source: Path = args.model_path
+    dtype = "fp16" if args.half else None
+    if source.is_dir():
+        controlnet.write_file(args.save_path, controlnet.read_folder(source), dtype)
+    else:
+        component = controlnet.from_file(source, _tensors(source))
+        controlnet.write_folder(args.save_path, component, dtype)
+    print(f"wrote {args.save_path}")
+    return 0
+
+
 def convert_lora(args: argparse.Namespace) -> int:
     """Writes LoRA files, one for each network or one for all, in another form."""
     configs = diffusers_folder.read_configs(layout.locate(args.model))
     joined: low_rank.Lora = {}
+    texts: dict[str, str] = {}
     for path in args.lora_path:
         for part, layers in lora.read(path, configs).items():
             if part in joined:
                 raise UserError(f"--lora_path: {path} has layers of {part}, as a file before it")
             joined[part] = layers
+        texts |= modelspec.carried(tensor_file.read_header(path).metadata)
     path: Path = args.save_path
     if args.to == "hcp":
         lora.write_hcp(path, joined, args.dtype)
     elif args.to == "peft":
-        lora.write_peft(path, joined, args.dtype)
+        lora.write_peft(path, joined, args.dtype, texts)
     else:
-        lora.write_kohya(path, joined, configs, args.dtype)
+        lora.write_kohya(path, joined, configs, args.dtype, texts)
     counts = ", ".join(f"{len(layers)} layers of {part}" for part, layers in joined.items())
     print(f"wrote {path} ({counts})")
     return 0
@@ -242,7 +262,7 @@ def merge(args: argparse.Namespace) -> int:
         [_with_alpha(text)._replace(layers=args.layers) for text in texts]
         for texts in (args.part, args.lora)
     )
-    model = diffusers_folder.read(args.model_path)
+    model = _model(args.model_path)
     model = merging.merge_parts(
         model, parts, base_model_alpha=args.base_model_alpha, average=args.ema
     )
@@ -267,7 +287,7 @@ def extract_lora(args: argparse.Namespace) -> int:
     """Writes what training changed in UNet and text encoders, layer by layer, as a LoRA."""
     if args.rank < 1:
         raise UserError(f"--rank: {args.rank} must be at least 1")
-    base, tuned = (diffusers_folder.read(name) for name in (args.base, args.tuned))
+    base, tuned = map(_model, (args.base, args.tuned))
     if base.family != tuned.family:
         raise UserError(
             f"{args.base} is a {base.family.title}, {args.tuned} a {tuned.family.title}"

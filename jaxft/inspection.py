@@ -65,6 +65,8 @@ def _kind(tensors: Mapping[str, Entry], source: str) -> str:
             return f"LoRA in {whose} form"
     if shape := embeddings.shape(tensors):
         return f"embedding of the word {Path(source).stem!r}: {embeddings.describe(*shape)}"
+    if any(key.startswith("control_model.") for key in tensors):
+        return "ControlNet in one file"
     try:
         family = webui.detect(tensors, source)
     except UserError:

@@ -21,7 +21,7 @@ from jaxft.data.loader import Dataset
 from jaxft.data.tokens import Tokenizer
 from jaxft.diffusion import schedule
 from jaxft.errors import UserError
-from jaxft.formats import diffusers_folder
+from jaxft.formats import diffusers_folder, single_file
 from jaxft.tuning import optimizers
 from jaxft.tuning.groups import Group, Labels, assign
 
@@ -70,7 +70,7 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
     mesh = meshes.make(**config.mesh)
     _check_counts(config)
     options = config.model
-    model = diffusers_folder.read(
+    model, opened = single_file.open_model(
         options.pretrained_model_name_or_path, revision=options.revision, variant=options.variant
     )
     diffusers_folder.check_text_to_image(model)
@@ -100,7 +100,7 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
         optimizers.grouped(assignment.labels, transforms, config.train.max_grad_norm),
         datasets,
         total_steps,
-        [*notices, *assignment.notices, *told],
+        [*notices, *opened, *assignment.notices, *told],
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxft.compiled import Metrics
 from jaxft.errors import UserError
-from jaxft.formats import diffusers_folder, hcp, webui
+from jaxft.formats import diffusers_folder, hcp, modelspec, webui
 from jaxft.log import RunLog
 from jaxft.plan import Plan
 from jaxft.shapes import Params
@@ -112,8 +112,42 @@ def export(plan: Plan, trained: Params, folder: Path) -> Iterator[Path]:
     target = folder / "export" / folder.name
     if formats.get("webui"):
         file = target.with_name(f"{target.name}.safetensors")
-        webui.write(file, model, formats["webui"])
+        webui.write(file, model, formats["webui"], described(plan))
         yield file
     if formats.get("diffusers"):
         diffusers_folder.write(target, model, formats["diffusers"])
         yield target
+
+
+def described(plan: Plan) -> dict[str, str]:
+    """What the header of a trained file says of its training."""
+    config, train = plan.config, plan.config.train
+    records = [record for dataset in plan.datasets for record in dataset.records]
+    words = {
+        word
+        for record in records
+        for name, word in record.word_names.items()
+        if word and name.startswith("pt")
+    }
+    settings = {
+        "output_name": Path(config.exp_dir).name,
+        "unet_lr": next(iter(config.unet.values())).lr,
+        "optimizer": train.optimizer["_target_"],
+        "lr_scheduler": train.scheduler.name,
+        "lr_warmup_steps": train.scheduler.num_warmup_steps,
+        "steps": plan.total_steps,
+        "epoch": math.ceil(plan.epoch(plan.total_steps)),
+        "num_train_images": len(records),
+        "total_batch_size": plan.images_per_step,
+        "gradient_accumulation_steps": plan.accumulation,
+        "max_grad_norm": train.max_grad_norm,
+        "mixed_precision": config.mixed_precision,
+        "clip_skip": config.model.clip_skip,
+        "seed": config.seed,
+    }
+    return modelspec.training(
+        base=config.model.pretrained_model_name_or_path,
+        captions=[record.caption for record in records],
+        words=sorted(words),
+        settings=settings,
+    )

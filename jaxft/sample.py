@@ -20,7 +20,7 @@ from jaxft.diffusion import conditioning, generate, scheduler_config
 from jaxft.diffusion.generate import Networks, Prompts
 from jaxft.diffusion.samplers import Table
 from jaxft.errors import UserError
-from jaxft.formats import diffusers_folder, embeddings
+from jaxft.formats import embeddings, single_file
 from jaxft.formats.diffusers_folder import Model
 from jaxft.merging import Addition
 from jaxft.models import vae
@@ -156,9 +156,10 @@ def load_model(config: Config) -> Model:
         UserError: a file of model, parts or components is missing or does not fit.
     """
     _check_part_path(config)
-    model = diffusers_folder.read(
+    model, told = single_file.open_model(
         config.pretrained_model, revision=config.revision, variant=config.variant
     )
+    print("\n".join(told), end="\n" if told else "")
     average = config.merge.load_ema
     for group in _groups(config):
         networks = MERGED[group.type]

@@ -8,6 +8,7 @@ tensor by tensor under another name, read back, and only then given its own.
 import hashlib
 import json
 import math
+import mmap
 import os
 import struct
 from collections.abc import Mapping
@@ -45,8 +46,9 @@ START = struct.Struct("<Q")
 PICKLES = {b"PK\x03\x04": "a .ckpt or .pt file of PyTorch", b"\x80\x02": "a pickle of Python"}
 """What a renamed file of another kind begins with."""
 
-HASH = "hash_sha256"
-"""End of the metadata key under which the writer puts the SHA-256 of the tensors' bytes."""
+HASHES = {"modelspec.hash_sha256": "0x", "sshs_model_hash": ""}
+"""Metadata keys under which the writer puts the SHA-256 of the tensors' bytes -> what it begins
+with: ModelSpec's, and kohya's, by which webuis find a LoRA again."""
 
 
 class Entry(NamedTuple):
@@ -185,24 +187,23 @@ def write(
 
     Args:
         path: where to; its folder is made.
-        tensors: name -> array.
-        metadata: texts for the header; one whose key ends in `hash_sha256` is given the SHA-256
-            of the tensors' bytes, as ModelSpec writes it.
+        tensors: name -> array, or what has a shape, a dtype and `__array__`: each is made into an
+            array when its turn comes, so that no two need be in memory.
+        metadata: texts for the header; those of `HASHES` get the SHA-256 of the tensors' bytes.
         dtype: of floating tensors in the file; None: as they are. Each is cast alone.
 
     Raises:
         UserError: the file that was written does not hold what it should.
     """
-    arrays = {name: np.asarray(value) for name, value in tensors.items()}
-    kinds = {name: _stored(array.dtype, dtype) for name, array in arrays.items()}
+    kinds = {name: _stored(np.dtype(value.dtype), dtype) for name, value in tensors.items()}
     # As the library has it: the widest first, so that every tensor is aligned.
-    order = sorted(arrays, key=lambda name: (-kinds[name].itemsize, name))
+    order = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))
     entries, end = {}, 0
     for name in order:
-        start, end = end, end + math.prod(arrays[name].shape) * kinds[name].itemsize
+        start, end = end, end + math.prod(tensors[name].shape) * kinds[name].itemsize
         entries[name] = {
             "dtype": NAMES[kinds[name]],
-            "shape": list(arrays[name].shape),
+            "shape": list(tensors[name].shape),
             "data_offsets": [start, end],
         }
     texts = {"format": "pt"} | dict(metadata or {})
@@ -213,10 +214,11 @@ def write(
             file.write(_header(texts, entries, "0" * 64))
             digest = hashlib.sha256()
             for name in order:
-                array = np.ascontiguousarray(arrays[name], kinds[name])
+                array = np.ascontiguousarray(tensors[name], kinds[name])
                 data: Any = array.reshape(-1).view(np.uint8)
                 digest.update(data)
                 file.write(data)
+                _release(tensors[name])
             file.seek(0)
             file.write(header := _header(texts, entries, digest.hexdigest()))
             file.flush()
@@ -228,6 +230,17 @@ def write(
         temporary.unlink(missing_ok=True)
 
 
+def _release(value: Any) -> None:
+    """Gives back the memory that a mapped file takes; what is looked at again is loaded again.
+
+    Without it, converting a model would keep all of it in memory.
+    """
+    while isinstance(value, np.ndarray):
+        value = value.base
+    if isinstance(value, mmap.mmap):
+        value.madvise(mmap.MADV_DONTNEED)
+
+
 def _stored(own: np.dtype, wanted: Any) -> np.dtype:
     """The dtype in the file: floating tensors have the one that is wanted."""
     is_float = NAMES[own].startswith(("F", "BF"))
@@ -236,7 +249,7 @@ def _stored(own: np.dtype, wanted: Any) -> np.dtype:
 
 def _header(metadata: Mapping[str, str], entries: Mapping[str, Any], digest: str) -> bytes:
     """Length and header; as long for any digest."""
-    texts = {key: f"0x{digest}" if key.endswith(HASH) else v for key, v in metadata.items()}
+    texts = {k: HASHES[k] + digest if k in HASHES else v for k, v in metadata.items()}
     text = json.dumps({METADATA: texts} | dict(entries), separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return START.pack(len(text)) + text

@@ -7,7 +7,6 @@ something to try every program on where no model can be had. It paints noise.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxft import params
-from jaxft.formats import diffusers_folder, families
+from jaxft.formats import clip_tokenizer, diffusers_folder, families
 from jaxft.shapes import Params
 
 UNET = {
@@ -68,36 +67,11 @@ MERGES = [
     "phot o</w>",
     "o f</w>",
 ]
-START, END = "<|startoftext|>", "<|endoftext|>"
-
-
-def byte_symbols() -> list[str]:
-    """The 256 printable characters that stand for bytes in GPT-2's and CLIP's vocabularies."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    symbols = {byte: chr(byte) for byte in printable}
-    symbols |= {byte: chr(256 + i) for i, byte in enumerate(rest)}
-    return [symbols[byte] for byte in (*printable, *rest)]
 
 
 def write_tokenizer(folder: Path, merges: Sequence[str] = MERGES) -> int:
     """A CLIPTokenizer of bytes and merges; returns the size of its vocabulary."""
-    symbols = byte_symbols()
-    words = [*symbols, *(s + "</w>" for s in symbols), *(m.replace(" ", "") for m in merges)]
-    vocabulary = {word: i for i, word in enumerate([*words, START, END])}
-    tokenizer_config = {
-        "tokenizer_class": "CLIPTokenizer",
-        "bos_token": START,
-        "eos_token": END,
-        "unk_token": END,
-        "pad_token": END,
-        "model_max_length": 77,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), "utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), "utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2))
-    return len(vocabulary)
+    return clip_tokenizer.write(folder, merges)
 
 
 def random_params(shapes: params.Shapes, rng: np.random.Generator) -> Params:

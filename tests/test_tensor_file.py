@@ -2,6 +2,7 @@
 
 import json
 import struct
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -69,6 +70,23 @@ def test_the_hash_is_that_of_the_tensors_bytes(tensors, tmp_path):
     header = tensor_file.read_header(file)
     data = file.read_bytes()[header.size :]
     assert header.metadata["modelspec.hash_sha256"] == f"0x{hashlib.sha256(data).hexdigest()}"
+
+
+def resident() -> int:
+    """Bytes of mapped files that this process holds in memory."""
+    (line,) = (t for t in Path("/proc/self/status").read_text().splitlines() if "RssFile" in t)
+    return 1024 * int(line.split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells")
+def test_a_file_that_was_written_from_another_leaves_nothing_in_memory(tmp_path):
+    tensors = {str(i): np.full(2**18, i, np.float32) for i in range(32)}
+    tensor_file.write(tmp_path / "a.safetensors", tensors)
+    mapped = tensor_file.read(tmp_path / "a.safetensors")
+    before = resident()
+    tensor_file.write(tmp_path / "b.safetensors", mapped)
+    assert resident() - before < 4 * 2**20  # of 32 MiB
+    assert same_bits(mapped, tensors)
 
 
 def test_what_was_there_stays_when_writing_fails(tensors, tmp_path, monkeypatch):

@@ -43,8 +43,8 @@ def locate(name_or_path: str, revision: str | None = None, variant: str | None =
         return path
     if path.exists():
         raise UserError(
-            f"{path} is a file, not a diffusers folder; for a webui file run "
-            "`python -m jaxft.convert from-webui` first"
+            f"{path} is a file, not a diffusers folder; make one of it with `jaxft convert "
+            f"to-diffusers --model_path {path} --save_path FOLDER`"
         )
     is_hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name_or_path)
     if not is_hub_id or path.parent.is_dir():

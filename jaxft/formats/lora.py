@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxft import params, tensor_file
 from jaxft.errors import UserError
-from jaxft.formats import diffusers_folder, families, hcp
+from jaxft.formats import diffusers_folder, families, hcp, modelspec
 from jaxft.formats.diffusers_folder import Configs
 from jaxft.formats.webui_names import PREFIXES, names
 from jaxft.low_rank import Lora, LowRank
@@ -196,13 +196,8 @@ def kohya_metadata(lora: Lora, configs: Configs, name: str) -> dict[str, str]:
     velocity = "_v" if configs.scheduler.get("prediction_type") == "v_prediction" else ""
     every = [low for layers in lora.values() for low in layers.values()]
     ranks, alphas = ({getattr(low, what) for low in every} for what in ("rank", "alpha"))
-    return {
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{family.modelspec(bool(velocity))}/lora",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.title": name,
-        "modelspec.prediction_type": "v" if velocity else "epsilon",
-        "modelspec.hash_sha256": "",
+    return modelspec.header(configs, name, "lora") | {
+        "sshs_model_hash": "",
         "ss_base_model_version": VERSIONS.get(family.architecture, "sdxl_base_v1-0") + velocity,
         "ss_v2": str(family == families.SD2),
         "ss_network_module": "networks.lora",
@@ -241,8 +236,20 @@ def _from_peft(stored: Mapping[str, Any], metadata: Mapping[str, str], path: Pat
     return lora
 
 
-def write_peft(path: Path, lora: Lora, dtype: str | None = None) -> None:
-    """Writes the form that diffusers' `load_lora_weights` and PEFT read, alphas in its header."""
+def write_peft(
+    path: Path,
+    lora: Lora,
+    dtype: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes the form that diffusers' `load_lora_weights` and PEFT read, alphas in its header.
+
+    Args:
+        path: the file.
+        lora: what to write.
+        dtype: `fp32`, `fp16` or `bf16`; None: as it is.
+        metadata: more texts for the header.
+    """
     stored, settings = {}, {}
     for part, layers in lora.items():
         ranks = {_unprefixed(module): low.rank for module, low in layers.items()}
@@ -259,7 +266,7 @@ def write_peft(path: Path, lora: Lora, dtype: str | None = None) -> None:
             stored[f"{part}.{module}.lora_A.weight"] = low.down
             stored[f"{part}.{module}.lora_B.weight"] = low.up
     text = json.dumps(settings, indent=2, sort_keys=True)
-    tensor_file.write(path, stored, {PEFT_METADATA: text}, _dtype(dtype))
+    tensor_file.write(path, stored, {PEFT_METADATA: text} | dict(metadata or {}), _dtype(dtype))
 
 
 def _unprefixed(module: str) -> str:

@@ -163,3 +163,18 @@ REFINER = Configs(
     _EULER,
 )
 ALL = {"SD15": SD15, "SD21_BASE": SD21_BASE, "SD21": SD21, "SDXL": SDXL, "REFINER": REFINER}
+
+
+_UNETS = {"SD15": _UNET, "SD21": _UNET_2}
+_ONLY_UNETS = ("center_input_sample", "out_channels", "sample_size", "up_block_types")
+CONTROLNETS: dict[str, dict[str, Any]] = {
+    name: {key: value for key, value in unet.items() if key not in _ONLY_UNETS}
+    | {
+        "_class_name": "ControlNetModel",
+        "conditioning_channels": 3,
+        "conditioning_embedding_out_channels": [16, 32, 96, 256],
+        "controlnet_conditioning_channel_order": "rgb",
+    }
+    for name, unet in _UNETS.items()
+}
+"""Those of lllyasviel's ControlNets, as diffusers has them: a UNet's options and the image's."""

@@ -3,8 +3,9 @@
 `webui_names` has the keys, and the forms of the few weights that lie in the file differently.
 """
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +14,10 @@ import numpy as np
 
 from jaxft import gallery, params, tensor_file
 from jaxft.errors import UserError
-from jaxft.formats import families, ldm_config
+from jaxft.formats import families, ldm_config, modelspec
 from jaxft.formats.diffusers_folder import Configs, Model, shapes
 from jaxft.formats.families import Family
-from jaxft.formats.webui_names import Form, Place, names
+from jaxft.formats.webui_names import PREFIXES, Form, Place, names
 
 ALIASES = {
     f"first_stage_model.{half}.mid.attn_1.{name}.{leaf}": tuple(
@@ -67,13 +68,18 @@ OTHER_MODELS = {
     "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3 model",
     "double_blocks.": "a Flux model",
     "model.diffusion_model.double_blocks.": "a Flux model",
+    "control_model.": "a ControlNet (see `jaxft convert controlnet`)",
     "lora_": "a LoRA",
+    "lora:": "a LoRA in HCP-Diffusion's form",
     "base_model.model.": "a LoRA in PEFT's form",
     "base:": "a part file of HCP-Diffusion",
     "emb_params": "an embedding",
     "clip_l": "an embedding",
 }
 """Beginnings of keys that give away what a file is instead."""
+
+CONFIGS = "jaxft.configs"
+"""Metadata key of the configurations in our files, JSON: folder (and `scheduler`) -> its object."""
 
 VELOCITY_IN_YAML = re.compile(r"""parameterization["']?\s*:\s*["']?(v|eps)\b""")
 """What a YAML file beside a model says of it."""
@@ -90,22 +96,38 @@ class Weights(NamedTuple):
     """The file's keys that are no weights of the networks."""
 
 
+class Joined:
+    """Weights that lie one below the other in the file; made into one when they are written."""
+
+    def __init__(self, rows: Sequence[Any]):
+        self._rows = rows
+        self.dtype = rows[0].dtype
+        self.shape = (sum(len(part) for part in rows), *rows[0].shape[1:])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.concatenate(self._rows, dtype=dtype, casting="unsafe")
+
+
 def to_webui(model: Model) -> dict[str, Any]:
-    """The model's weights under the file's keys and in its forms; most arrays are shared."""
+    """The model's weights under the file's keys and in its forms; arrays are shared."""
     pieces: dict[str, dict[Form, Any]] = {}
     for name, place in names(model.family, model.configs.parts).items():
         part, _, rest = name.partition(".")
         pieces.setdefault(place.key, {})[place.form] = model.parts[part].params[rest]
     stored = {key: _put(forms) for key, forms in pieces.items()}
-    if model.family == families.SD2:
-        stored |= _last_block(stored, model.configs.parts["text_encoder"])
+    for part in model.family.openclip:
+        prefix = model.family.text_prefixes[part]
+        dtype = stored[f"{prefix}ln_final.weight"].dtype
+        stored[f"{prefix}logit_scale"] = np.ones((), dtype)
+        if f"{prefix}text_projection" not in stored:
+            stored |= _last_block(stored, model.parts[part].config, prefix)
     return stored
 
 
 def _put(forms: Mapping[Form, Any]) -> Any:
     """A tensor of the file from the weights that it is made of."""
     if len(forms) > 1:
-        return np.concatenate([forms[form] for form in ROWS])
+        return Joined([forms[form] for form in ROWS])
     ((form, weight),) = forms.items()
     if form is Form.CONV:
         return weight[:, :, None, None]
@@ -123,10 +145,11 @@ def _take(form: Form, tensor: Any) -> Any:
     return tensor.T if form is Form.TRANSPOSED else tensor
 
 
-def _last_block(stored: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+def _last_block(
+    stored: Mapping[str, Any], config: Mapping[str, Any], prefix: str
+) -> dict[str, Any]:
     """What Stable Diffusion 2.x's file has and its diffusers folder lacks, so that nothing is
     reported missing: the last of OpenCLIP's blocks, which is never run, and its projection."""
-    prefix = families.SD2.text_prefixes["text_encoder"]
     count, width = config["num_hidden_layers"], config["hidden_size"]
     last, more = (f"{prefix}transformer.resblocks.{i}." for i in (count - 1, count))
     copied = {
@@ -135,22 +158,24 @@ def _last_block(stored: Mapping[str, Any], config: Mapping[str, Any]) -> dict[st
         if key.startswith(last)
     }
     dtype = stored[f"{prefix}ln_final.weight"].dtype
-    return copied | {
-        f"{prefix}text_projection": np.eye(width, dtype=dtype),
-        f"{prefix}logit_scale": np.ones((), dtype),
-    }
+    return copied | {f"{prefix}text_projection": np.eye(width, dtype=dtype)}
 
 
-def write(path: Path, model: Model, dtype: str | None = "fp16", title: str = "") -> None:
-    """Writes the model as one file, with ModelSpec 1.0.1 metadata.
+def write(
+    path: Path,
+    model: Model,
+    dtype: str | None = "fp16",
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes the model as one file, its configurations and ModelSpec's metadata in the header.
 
     Beside one of Stable Diffusion 1.x or 2.x that predicts velocities a YAML file says so.
 
     Args:
-        path: the file.
+        path: the file; the model gets its name.
         model: what to write.
         dtype: `fp32`, `fp16` or `bf16`; `None` keeps each weight as it is stored.
-        title: the model's name; the file's, if empty.
+        metadata: more texts for the header.
 
     Raises:
         UserError: the YAML file would replace one of the user's.
@@ -163,8 +188,9 @@ def write(path: Path, model: Model, dtype: str | None = "fp16", title: str = "")
             "model otherwise"
         )
     stored = to_webui(model) | _marks(model)
-    metadata = _metadata(model, title or path.stem)
-    tensor_file.write(path, stored, metadata, dtype and params.DTYPES[dtype])
+    texts = modelspec.header(model.configs, path.stem)
+    texts[CONFIGS] = configs_text(model.configs.parts | {"scheduler": model.scheduler})
+    tensor_file.write(path, stored, texts | dict(metadata or {}), dtype and params.DTYPES[dtype])
     if needs_yaml:
         gallery.write_text(beside, ldm_config.text(model.configs))
     elif beside.is_file() and ldm_config.is_ours(beside):
@@ -186,20 +212,34 @@ def _marks(model: Model) -> dict[str, Any]:
     return marks
 
 
-def _metadata(model: Model, title: str) -> dict[str, str]:
-    """https://github.com/Stability-AI/ModelSpec; no date, so that equal models stay equal."""
-    scale = 2 ** (len(model.parts["vae"].config["block_out_channels"]) - 1)
-    size = scale * model.parts["unet"].config.get("sample_size", 64)
-    is_v = predicts_velocity(model)
-    return {
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": model.family.modelspec(is_v),
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.title": title,
-        "modelspec.resolution": f"{size}x{size}",
-        "modelspec.prediction_type": "v" if is_v else "epsilon",
-        "modelspec.hash_sha256": "",  # the writer fills it in
-    }
+def configs_text(configs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Configurations as JSON, without the paths and versions of who made them."""
+    return json.dumps(
+        {
+            name: {k: v for k, v in config.items() if k == "_class_name" or k[0] != "_"}
+            for name, config in configs.items()
+        }
+    )
+
+
+def configs_in_header(path: Path) -> dict[str, dict[str, Any]] | None:
+    """The configurations that jaxft put into a file's header; None in a file of others.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    if path.suffix != ".safetensors":
+        return None
+    text = tensor_file.read_header(path).metadata.get(CONFIGS)
+    if text is None:
+        return None
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {CONFIGS} in its header is no JSON ({error})") from None
+    if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
+        raise UserError(f"{path}: {CONFIGS} in its header holds no configurations")
+    return content
 
 
 def detect(keys: Mapping[str, Any], source: str) -> Family:
@@ -211,15 +251,19 @@ def detect(keys: Mapping[str, Any], source: str) -> Family:
     for prefix, kind in OTHER_MODELS.items():
         if any(key.startswith(prefix) for key in keys):
             raise UserError(f"{source}: this is {kind}, not a Stable Diffusion model in one file")
-    for mark, family in MARKS.items():
-        if any(key.startswith(mark) for key in keys):
-            return family
-    if any(key.startswith("model.diffusion_model.") for key in keys):
-        raise UserError(
-            f"{source}: has a UNet and no text encoder (no keys that begin with "
-            f"{' or '.join(MARKS)}); get the whole model"
-        )
-    raise UserError(f"{source}: is no Stable Diffusion model in one file")
+    held = {
+        what: any(key.startswith(prefix) for key in keys)
+        for what, prefix in {"UNet": PREFIXES["unet"], "VAE": PREFIXES["vae"]}.items()
+    }
+    family = next((f for mark, f in MARKS.items() if any(k.startswith(mark) for k in keys)), None)
+    if family and all(held.values()):
+        return family
+    held[f"text encoder of {family.title}" if family else "text encoder"] = family is not None
+    has = " and ".join(what for what, there in held.items() if there)
+    if not has:
+        raise UserError(f"{source}: is no Stable Diffusion model in one file")
+    lacks = " and no ".join(what for what, there in held.items() if not there)
+    raise UserError(f"{source}: has a {has} and no {lacks}; get the file of the whole model")
 
 
 def prediction(path: Path, stored: Mapping[str, Any]) -> tuple[str, str] | None:

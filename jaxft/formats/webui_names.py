@@ -8,10 +8,11 @@ encoders have OpenCLIP's names.
 
 import enum
 from collections.abc import Iterable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from jaxft.formats.families import Family
-from jaxft.models import clip, unet, vae
+from jaxft.models import clip, encoder, unet, vae
 from jaxft.models.options import per_level
 
 
@@ -35,13 +36,12 @@ class Place(NamedTuple):
 
 PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
 
-UNET_ENDS = {
+UNET_START = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
     "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
 }
+UNET_END = {"conv_norm_out": "out.0", "conv_out": "out.2"}
 UNET_RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -130,14 +130,15 @@ def names(family: Family, configs: Mapping[str, Mapping[str, Any]]) -> dict[str,
     return table
 
 
-def _layer(ours: str, theirs: str) -> Pairs:
+def layer(ours: str, theirs: str) -> Pairs:
+    """Weight and bias of a layer."""
     yield f"{ours}.weight", f"{theirs}.weight"
     yield f"{ours}.bias", f"{theirs}.bias"
 
 
 def _layers(ours: str, theirs: str, table: Mapping[str, str]) -> Pairs:
     for mine, other in table.items():
-        yield from _layer(f"{ours}.{mine}", f"{theirs}.{other}")
+        yield from layer(f"{ours}.{mine}", f"{theirs}.{other}")
 
 
 def _unet(config: Mapping[str, Any]) -> Pairs:
@@ -145,31 +146,9 @@ def _unet(config: Mapping[str, Any]) -> Pairs:
     last = len(widths) - 1
     layers = per_level(config["layers_per_block"], len(widths))
     depths = per_level(config["transformer_layers_per_block"], len(widths))
-    ends = UNET_ENDS | (UNET_ADDED if config["addition_embed_type"] else {})
-    for ours, theirs in ends.items():
-        yield from _layer(ours, theirs)
-
-    skips, width, n = [widths[0]], widths[0], 1  # channels kept and at hand; the file's counter
-    for level, kind in enumerate(config["down_block_types"]):
-        block = f"down_blocks.{level}"
-        for j in range(layers[level]):
-            widens = width != widths[level]
-            yield from _resnet(f"{block}.resnets.{j}", f"input_blocks.{n}.0", widens)
-            if kind == "CrossAttnDownBlock2D":
-                ours, theirs = f"{block}.attentions.{j}", f"input_blocks.{n}.1"
-                yield from _transformer(ours, theirs, depths[level])
-            width, n = widths[level], n + 1
-            skips.append(width)
-        if level < last:
-            yield from _layer(f"{block}.downsamplers.0.conv", f"input_blocks.{n}.0.op")
-            n += 1
-            skips.append(width)
-
-    yield from _resnet("mid_block.resnets.0", "middle_block.0", False)
-    yield from _transformer("mid_block.attentions.0", "middle_block.1", depths[last])
-    yield from _resnet("mid_block.resnets.1", "middle_block.2", False)
-
-    n = 0
+    yield from way_down(config)
+    # Channels at hand, and those of the skip connections; the file's counter.
+    width, skips, n = widths[last], encoder.skip_widths(SimpleNamespace(**config)), 0
     for i, kind in enumerate(config["up_block_types"]):
         block, level = f"up_blocks.{i}", last - i
         crossed = kind == "CrossAttnUpBlock2D"
@@ -183,13 +162,42 @@ def _unet(config: Mapping[str, Any]) -> Pairs:
         if i < last:
             place = 2 if crossed else 1  # after the transformer, where there is one
             theirs = f"output_blocks.{n - 1}.{place}.conv"
-            yield from _layer(f"{block}.upsamplers.0.conv", theirs)
+            yield from layer(f"{block}.upsamplers.0.conv", theirs)
+    for ours, theirs in UNET_END.items():
+        yield from layer(ours, theirs)
+
+
+def way_down(config: Mapping[str, Any]) -> Pairs:
+    """The part of a UNet that a ControlNet copies: (diffusers' name, the file's), no prefixes."""
+    widths = config["block_out_channels"]
+    last = len(widths) - 1
+    layers = per_level(config["layers_per_block"], len(widths))
+    depths = per_level(config["transformer_layers_per_block"], len(widths))
+    ends = UNET_START | (UNET_ADDED if config["addition_embed_type"] else {})
+    for ours, theirs in ends.items():
+        yield from layer(ours, theirs)
+    width, n = widths[0], 1  # channels at hand; the file's counter
+    for level, kind in enumerate(config["down_block_types"]):
+        block = f"down_blocks.{level}"
+        for j in range(layers[level]):
+            widens = width != widths[level]
+            yield from _resnet(f"{block}.resnets.{j}", f"input_blocks.{n}.0", widens)
+            if kind == "CrossAttnDownBlock2D":
+                ours, theirs = f"{block}.attentions.{j}", f"input_blocks.{n}.1"
+                yield from _transformer(ours, theirs, depths[level])
+            width, n = widths[level], n + 1
+        if level < last:
+            yield from layer(f"{block}.downsamplers.0.conv", f"input_blocks.{n}.0.op")
+            n += 1
+    yield from _resnet("mid_block.resnets.0", "middle_block.0", False)
+    yield from _transformer("mid_block.attentions.0", "middle_block.1", depths[last])
+    yield from _resnet("mid_block.resnets.1", "middle_block.2", False)
 
 
 def _resnet(ours: str, theirs: str, shortcut: bool) -> Pairs:
     yield from _layers(ours, theirs, UNET_RESNET)
     if shortcut:
-        yield from _layer(f"{ours}.conv_shortcut", f"{theirs}.skip_connection")
+        yield from layer(f"{ours}.conv_shortcut", f"{theirs}.skip_connection")
 
 
 def _transformer(ours: str, theirs: str, depth: int) -> Pairs:
@@ -213,7 +221,7 @@ def _vae(config: Mapping[str, Any]) -> Pairs:
     widths, layers = config["block_out_channels"], config["layers_per_block"]
     last = len(widths) - 1
     for ours, theirs in VAE_ENDS.items():
-        yield from _layer(ours, theirs)
+        yield from layer(ours, theirs)
     for half in ("encoder", "decoder"):
         ours, theirs = f"{half}.mid_block", f"{half}.mid"
         yield from _layers(f"{ours}.resnets.0", f"{theirs}.block_1", VAE_RESNET)
@@ -223,18 +231,18 @@ def _vae(config: Mapping[str, Any]) -> Pairs:
         ours, theirs = f"encoder.down_blocks.{level}", f"encoder.down.{level}"
         yield from _vae_level(ours, theirs, layers, widths[max(level - 1, 0)] != width)
         if level < last:
-            yield from _layer(f"{ours}.downsamplers.0.conv", f"{theirs}.downsample.conv")
+            yield from layer(f"{ours}.downsamplers.0.conv", f"{theirs}.downsample.conv")
         ours, theirs = f"decoder.up_blocks.{last - level}", f"decoder.up.{level}"
         yield from _vae_level(ours, theirs, layers + 1, widths[min(level + 1, last)] != width)
         if level > 0:
-            yield from _layer(f"{ours}.upsamplers.0.conv", f"{theirs}.upsample.conv")
+            yield from layer(f"{ours}.upsamplers.0.conv", f"{theirs}.upsample.conv")
 
 
 def _vae_level(ours: str, theirs: str, layers: int, shortcut: bool) -> Pairs:
     for j in range(layers):
         yield from _layers(f"{ours}.resnets.{j}", f"{theirs}.block.{j}", VAE_RESNET)
     if shortcut:
-        yield from _layer(f"{ours}.resnets.0.conv_shortcut", f"{theirs}.block.0.nin_shortcut")
+        yield from layer(f"{ours}.resnets.0.conv_shortcut", f"{theirs}.block.0.nin_shortcut")
 
 
 def _clip(config: Mapping[str, Any]) -> Iterator[tuple[str, Place]]:

@@ -4,7 +4,7 @@ Zhang et al. 2023 (https://arxiv.org/abs/2302.05543).
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ ORDERS = ("rgb", "bgr")
 class ControlNetConditioningEmbedding(nnx.Module):
     """Convolutions that bring an image to the latents' size, an eighth."""
 
-    def __init__(self, inputs: int, widths: tuple[int, ...], outputs: int):
+    def __init__(self, inputs: int, widths: Sequence[int], outputs: int):
         self.conv_in = Conv2d(inputs, widths[0], 3, padding=1)
         blocks = []
         for narrow, wide in itertools.pairwise(widths):
