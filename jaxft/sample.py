@@ -20,7 +20,7 @@ from jaxft.diffusion import conditioning, generate, scheduler_config
 from jaxft.diffusion.generate import Networks, Prompts
 from jaxft.diffusion.samplers import Table
 from jaxft.errors import UserError
-from jaxft.formats import embeddings, single_file
+from jaxft.formats import diffusers_folder, embeddings, single_file
 from jaxft.formats.diffusers_folder import Model
 from jaxft.merging import Addition
 from jaxft.models import vae

@@ -76,15 +76,15 @@ VAE = {
 }
 """`ddconfig`, alike in all three."""
 
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
-CLIP_H = {
+CLIP_L: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+CLIP_H: dict[str, Any] = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_attention_heads": 16,
     "num_hidden_layers": 23,
     "projection_dim": 512,
 }
-CLIP_G = {
+CLIP_G: dict[str, Any] = {
     "hidden_size": 1280,
     "intermediate_size": 5120,
     "num_attention_heads": 20,
@@ -162,13 +162,13 @@ def single_file(family: str) -> Iterator[Line]:
 
 def folder(family: str) -> Iterator[Line]:
     """The networks of the diffusers folder."""
-    original = {"model": {"params": {"unet_config": {"params": UNETS[family]}}}}
+    original: dict[str, Any] = {"model": {"params": {"unet_config": {"params": UNETS[family]}}}}
     first_stage = {"params": {"ddconfig": VAE}}
     original["model"]["params"] |= {"first_stage_config": first_stage, "scale_factor": 0.18215}
     sample = {"sample_size": 512}
     unet = single_file_utils.create_unet_diffusers_config_from_ldm(original, {}, image_size=512)
     vae = single_file_utils.create_vae_diffusers_config_from_ldm(original, {}, image_size=512)
-    made: dict[str, nn.Module] = {
+    made: dict[str, Any] = {
         "unet": UNet2DConditionModel.from_config(unet | sample),
         "vae": AutoencoderKL.from_config(vae),
     }

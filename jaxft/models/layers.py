@@ -5,6 +5,7 @@ is that of the activations; the statistics of norms are float32. Layers are only
 `nnx.eval_shape`, so they hold zeros: weights come from files.
 """
 
+import functools
 import math
 
 import jax
@@ -79,7 +80,7 @@ class Conv2d(nnx.Module):
             columns = slice(j, j + (width - 1) * self.stride + 1, self.stride)
             return jnp.einsum("bhwi,oi->bhwo", x[:, rows, columns], weight[:, :, i, j])
 
-        return sum(tap(i, j) for i, j in np.ndindex(*weight.shape[2:]))
+        return functools.reduce(jnp.add, (tap(i, j) for i, j in np.ndindex(*weight.shape[2:])))
 
 
 class GroupNorm(nnx.Module):

@@ -152,7 +152,7 @@ def fit(
             work = functools.partial(_finished, gradients, state.trainable)
             values, grads = zip(*workers.map(work, parts, keys), strict=True)
             state, norm = update(state, grads)
-            return state, Record(sum(values) / recipe.parts, norm, jnp.int32(recipe.batch))
+            return state, Record(jnp.stack(values).mean(), norm, jnp.int32(recipe.batch))
 
         saved = stack.enter_context(contextlib.closing(Checkpoints(folder / "state", keep=1)))
         start = saved.latest() or 0
