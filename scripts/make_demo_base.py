@@ -5,6 +5,10 @@
 The pictures are drawn by `demo_world`, the networks and the step are jaxft's own. Every stage keeps
 its results in the work folder; the same command goes on after an interruption, at the last state
 saved. `tensorboard --logdir output/demo_base` shows the losses.
+
+    python scripts/make_demo_base.py --start builtin:demo --work output/more --out output/model
+
+takes VAE, text encoder and UNet from a finished model and trains the last two for another cycle.
 """
 
 import argparse
@@ -15,26 +19,33 @@ import demo_world as world
 import numpy as np
 from demo_base import unet, vae
 
-from jaxft import compile_cache
+from jaxft import compile_cache, params, step
 from jaxft.formats import diffusers_folder, families
 
 FIGURES = Path(__file__).parent / "demo_base" / "figures.md"
 """What `evaluate_demo.py` found, for the card."""
 
 
-def make(work: Path, out: Path, seed: int) -> None:
-    """All stages; writes the diffusers folder with its card."""
+def make(work: Path, out: Path, seed: int, start: str | None = None) -> None:
+    """All stages, or the last one from the model `start` on; writes the folder with its card."""
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = unet.write_tokenizer(work / "tokenizer")
-    autoencoder = vae.train(work / "vae", seed)
-    scaling_factor = vae.scaling_factor(autoencoder, seed)
+    weights: step.Weights | None = None
+    if start:
+        model = diffusers_folder.read(start)
+        scaling_factor = model.parts["vae"].config["scaling_factor"]
+        weights = {name: params.cast(part.params, np.float32) for name, part in model.parts.items()}
+        autoencoder = weights.pop("vae")
+    else:
+        autoencoder = vae.train(work / "vae", seed)
+        scaling_factor = vae.scaling_factor(autoencoder, seed)
     ids = {"bos_token_id": tokenizer.vocab_size - 2, "eos_token_id": tokenizer.vocab_size - 1}
     configs = {
         "unet": unet.UNET,
         "vae": vae.CONFIG | {"scaling_factor": scaling_factor},
         "text_encoder": unet.TEXT | {"vocab_size": tokenizer.vocab_size} | ids,
     }
-    weights = unet.train(work, autoencoder, scaling_factor, tokenizer, configs, seed)
+    weights = unet.train(work, autoencoder, scaling_factor, tokenizer, configs, seed, weights)
     weights["vae"] = autoencoder
     parts = {name: diffusers_folder.Component(configs[name], weights[name]) for name in configs}
     tokenizers = {"text_encoder": work / "tokenizer"}
@@ -55,6 +66,7 @@ def card(work: Path, seed: int, scaling_factor: float) -> str:
         f"| {title} | {recipe.steps} | {recipe.batch} | {recipe.lr} "
         f"| {last_loss(work / folder):.4f} |"
         for title, folder, recipe in stages
+        if (work / folder).is_dir()
     )
     return f"""---
 license: apache-2.0
@@ -110,6 +122,7 @@ if __name__ == "__main__":
     parser.add_argument("--work", type=Path, default=Path("output/demo_base"))
     parser.add_argument("--out", type=Path, default=Path("jaxft/builtin/demo/model"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", help="a finished model to go on from, such as builtin:demo")
     args = parser.parse_args()
     compile_cache.enable(".cache/xla")
-    make(args.work, args.out, args.seed)
+    make(args.work, args.out, args.seed, args.start)

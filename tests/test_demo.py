@@ -23,7 +23,6 @@ from tests.test_formats import same_bits
 from tests.test_sample import HEIGHT, WIDTH, generate, theirs
 
 MODEL = names.resolve("builtin:demo")
-needs_model = pytest.mark.skipif(not MODEL.is_dir(), reason=f"{MODEL} has not been trained yet")
 
 COMMAND = re.compile(
     r"^ *(?:jaxft|python) ((?:train|plan|sample|convert|scripts/\S+) (?:.*\\\n)*.*)", re.MULTILINE
@@ -38,7 +37,6 @@ SCHEMAS = {"train": "train", "plan": "train", "sample": "infer"}
 # --------------------------------------------------------------------- what comes with the package
 
 
-@needs_model
 def test_all_that_is_builtin_is_there_and_small():
     for name in names.FOLDERS:
         assert names.resolve(f"builtin:{name}").is_dir(), name
@@ -46,13 +44,11 @@ def test_all_that_is_builtin_is_there_and_small():
     assert sum(path.stat().st_size for path in files) <= 16e6
 
 
-@needs_model
 def test_the_card_names_the_licence():
     _, head, _ = (MODEL / "README.md").read_text("utf-8").split("---\n", 2)
     assert yaml.safe_load(head)["license"] == "apache-2.0"
 
 
-@needs_model
 def test_diffusers_paints_the_same_pictures(offline, tmp_path):
     import torch
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
@@ -73,7 +69,6 @@ def test_diffusers_paints_the_same_pictures(offline, tmp_path):
     assert np.abs(np.stack(found) - expected).max() <= 2
 
 
-@needs_model
 def test_to_a_webui_file_and_back_changes_no_bit(offline, tmp_path):
     file, folder = tmp_path / "demo.safetensors", tmp_path / "again"
     to_file = ["to-webui", "--model_path", "builtin:demo", "--save_path", str(file)]
@@ -86,7 +81,6 @@ def test_to_a_webui_file_and_back_changes_no_bit(offline, tmp_path):
         assert same_bits(after.parts[part].params, component.params)
 
 
-@needs_model
 def test_converting_programs_take_builtin_names(offline, capsys):
     assert convert.main(["inspect", "builtin:demo"]) == 0
     assert "v_prediction" in capsys.readouterr().out
@@ -108,7 +102,6 @@ def test_the_class_set_asks_for_the_class_and_for_what_training_showed():
     assert {word for picture in wanted for word in picture.caption.split()} <= set(world.words())
 
 
-@needs_model
 def test_the_class_set_is_what_the_script_asks_for(offline):
     records = source.index("builtin:demo/class", caption_file="builtin:demo/class").records
     assert [class_set.Wanted(record.size, record.caption) for record in records] == (
@@ -129,7 +122,6 @@ def test_the_training_is_of_subject_and_class_and_the_class_can_be_left_out(offl
     assert set(alone.data) == {"subject"}
 
 
-@needs_model
 def test_the_plan_trains_the_whole_unet_in_the_sizes_of_the_pictures(offline, capsys):
     assert plan.main(["--config", demo.TRAINING]) == 0
     text = capsys.readouterr().out

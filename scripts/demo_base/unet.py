@@ -123,8 +123,9 @@ def train(
     tokenizer: Tokenizer,
     configs: dict[str, dict[str, Any]],
     seed: int,
+    weights: step.Weights | None = None,
 ) -> step.Weights:
-    """The weights of UNet and text encoder, trained together from nothing."""
+    """The weights of UNet and text encoder, trained together; from nothing if none are given."""
     cached = cache_moments(folder / "latents", vae, seed)
     parts = {
         name: params.abstract(lambda name=name: families.SD1.networks[name](configs[name]))
@@ -136,8 +137,11 @@ def train(
         scaling_factor,
         jnp.float32,
     )
-    rng = np.random.default_rng(seed)
-    weights = {name: random_model.random_params(shapes, rng) for name, (_, shapes) in parts.items()}
+    if weights is None:
+        rng = np.random.default_rng(seed)
+        weights = {
+            name: random_model.random_params(shapes, rng) for name, (_, shapes) in parts.items()
+        }
 
     def loss(trainable, batch, key):
         return step.loss(objective, trainable, {}, batch, key)
