@@ -129,7 +129,7 @@ def test_the_command_line_takes_text_as_it_stands():
     )
     assert (loaded.pretrained_model, loaded.prompt) == ("2024", shown)
     assert (loaded.neg_prompt, loaded.save.out_dir) == (("a", "b, c"), "x y")
-    assert loaded.merge.to_dict() == {}
+    assert loaded.merge.to_dict() == {"load_ema": False}
     empty = load("configs/infer/text2img.yaml", "pretrained_model=m", "prompt={a}", schema="infer")
     assert empty.prompt == "{a}"
 
