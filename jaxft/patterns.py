@@ -56,11 +56,12 @@ def _select(pattern: str, known: list[str], where: str) -> list[str]:
 
 def _hint(pattern: str, known: list[str]) -> str:
     """Names near the pattern: whole ones first, else ones that end alike."""
-    text = re.sub(r"[\\^$*+?()\[\]{}|]", "", pattern.removeprefix("re:"))
+    text = re.sub(r"[\\^$*+?()\[\]{}|]", "", pattern.removeprefix("re:")).strip(".")
+    known = [name for name in known if name]
     near = get_close_matches(text, known, n=3)
     if not near:
         ends = {name.rpartition(".")[2]: name for name in reversed(known)}
         near = [ends[end] for end in get_close_matches(text.rpartition(".")[2], ends, n=3)]
     if not near:
-        near = [name for name in known if name and "." not in name][:5]
+        near = [name for name in known if "." not in name][:5]
     return "; near names: " + ", ".join(repr(name) for name in near)

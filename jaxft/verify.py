@@ -64,12 +64,7 @@ def _shipped(path: Path, folder: Path) -> Path:
     """A folder of the published configurations of a file's family."""
     family = webui.detect(tensor_file.read_header(path).tensors, str(path))
     configs = next(known for known in published.ALL.values() if known.family == family)
-    files = {f"{part}/config.json": config for part, config in configs.parts.items()}
-    files["scheduler/scheduler_config.json"] = configs.scheduler
-    files["model_index.json"] = diffusers_folder.model_index(configs)
-    for name, content in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(json.dumps(content), "utf-8")
+    diffusers_folder.write_configs(folder, configs)
     return folder
 
 

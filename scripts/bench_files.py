@@ -47,12 +47,7 @@ def write_model(folder: Path, configs: Configs) -> None:
         shapes = diffusers_folder.shapes(network, configs.parts[part])
         stored = {name: Noise(leaf.shape) for name, leaf in shapes.items()}
         tensor_file.write(folder / part / f"{layout.STEMS[part]}.safetensors", stored)
-    texts = {f"{part}/config.json": config for part, config in configs.parts.items()}
-    texts["scheduler/scheduler_config.json"] = configs.scheduler
-    texts["model_index.json"] = diffusers_folder.model_index(configs)
-    for name, text in texts.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(json.dumps(text), "utf-8")
+    diffusers_folder.write_configs(folder, configs)
     for part in configs.family.text_encoders:
         target = folder / layout.TOKENIZERS[part]
         target.mkdir()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from diffusers import ControlNetModel  # pyright: ignore[reportPrivateImportUsage]
+from diffusers import ControlNetModel
 
 from jaxft import tensor_file
 from jaxft.convert import main

@@ -151,7 +151,7 @@ def test_the_yaml_file_is_that_of_the_original():
 
 @pytest.mark.parametrize("name", published.ALL)
 def test_published_configurations_are_those_of_torch(name):
-    from diffusers import AutoencoderKL, UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
+    from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     texts = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}

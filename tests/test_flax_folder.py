@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import random_model
-from diffusers import AutoencoderKL, UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from jaxft import convert
@@ -38,7 +38,7 @@ def test_weights_are_those_of_the_pytorch_twin(folder):
 
 
 def test_it_becomes_a_folder_that_diffusers_opens(folder, tmp_path):
-    from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
+    from diffusers import StableDiffusionPipeline
 
     paths = ["--model_path", str(folder), "--save_path", str(tmp_path / "m")]
     assert convert.main(["to-diffusers", *paths]) == 0

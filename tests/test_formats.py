@@ -58,7 +58,7 @@ def test_read_gives_torchs_weights(model, tiny_pipeline):
 
 
 def test_diffusers_opens_the_folder(model, tiny_pipeline, tmp_path):
-    from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
+    from diffusers import StableDiffusionPipeline
 
     diffusers_folder.write(tmp_path / "m", model)
     opened = StableDiffusionPipeline.from_pretrained(tmp_path / "m", local_files_only=True)

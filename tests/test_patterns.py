@@ -68,6 +68,7 @@ def test_a_match_ends_at_a_dot():
         (r"re:.*\.to_kk$", r"to_k'"),
         ("conv_in.weight", "'conv_in'"),
         ("re:zzz", "'conv_in'"),
+        ("re:zzz.*", "'conv_in'"),
     ],
 )
 def test_pattern_without_match_names_near_ones(pattern, near):

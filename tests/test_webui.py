@@ -43,7 +43,7 @@ def mixed(model: Model) -> Model:
 
 def sd15_in_torch():
     """SD 1.5's true networks, without memory for their weights."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
+    from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     with torch.device("meta"):
@@ -114,7 +114,7 @@ def test_folder_to_webui_to_folder_changes_no_bit(model, tmp_path):
 
 
 def test_diffusers_opens_the_webui_file(model, tiny_model, tiny_pipeline, tmp_path):
-    from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
+    from diffusers import StableDiffusionPipeline
 
     file = tmp_path / "m.safetensors"
     webui.write(file, model, "fp32")
@@ -127,7 +127,7 @@ def test_diffusers_opens_the_webui_file(model, tiny_model, tiny_pipeline, tmp_pa
 
 
 def test_exports_compute_in_diffusers_what_they_compute_here(model, tiny_model, tmp_path, rng):
-    from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
+    from diffusers import StableDiffusionPipeline
 
     latents = rng.standard_normal((1, 8, 8, 4), np.float32)
     text = rng.standard_normal((1, 77, 32), np.float32)

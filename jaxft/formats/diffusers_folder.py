@@ -235,13 +235,19 @@ def check_replaceable(folder: Path) -> None:
 
 def _write_content(folder: Path, model: Model, dtype: str | None) -> None:
     for part, component in model.parts.items():
-        _write_json(folder / part / "config.json", component.config)
         file = folder / part / f"{layout.STEMS[part]}.safetensors"
         tensor_file.write(file, component.params, dtype=dtype and params.DTYPES[dtype])
-    _write_json(folder / "scheduler" / "scheduler_config.json", model.scheduler)
     for part, tokenizer in model.tokenizers.items():
         _write_tokenizer(folder / layout.TOKENIZERS[part], tokenizer)
-    _write_json(folder / "model_index.json", model_index(model.configs))
+    write_configs(folder, model.configs)
+
+
+def write_configs(folder: Path, configs: Configs) -> None:
+    """Writes all that is JSON: configurations, scheduler, and the index, which makes it a model."""
+    for part, config in configs.parts.items():
+        _write_json(folder / part / "config.json", config)
+    _write_json(folder / "scheduler" / "scheduler_config.json", configs.scheduler)
+    _write_json(folder / "model_index.json", model_index(configs))
 
 
 def model_index(configs: Configs) -> dict[str, Any]:
