@@ -19,6 +19,7 @@ from jaxft.data.buckets import fixed_bucket, ratio_buckets_from_files
 from jaxft.diffusion.scheduler_config import SAMPLERS
 from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder
+from jaxft.tuning.muon import muon
 from jaxft.tuning.optimizers import adamw
 
 
@@ -37,6 +38,7 @@ TARGETS: dict[str, tuple[str, Callable[..., Any]]] = {
     "hcpdiff.data.bucket.RatioBucket.from_files": ("bucket", ratio_buckets_from_files),
     "hcpdiff.data.bucket.FixedBucket": ("bucket", fixed_bucket),
     "torch.optim.AdamW": ("optimizer", adamw),
+    "torch.optim.Muon": ("optimizer", muon),
     "diffusers.AutoencoderKL.from_pretrained": ("vae", vae),
     **{f"diffusers.{name}": ("sampler", partial(scheduler, name)) for name in SAMPLERS},
 }

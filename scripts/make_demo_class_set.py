@@ -2,8 +2,9 @@
 
     python scripts/make_demo_class_set.py jaxft/builtin/demo/class
 
-Half of the captions name the class alone, in the form of the subject's captions; the others are
-captions of scenes that the base model was trained on.
+A quarter of the captions name the class alone, in the form of the subject's captions; the others
+are captions of scenes that the base model was trained on, most of them of two figures, which are
+forgotten first.
 """
 
 import argparse
@@ -20,8 +21,8 @@ from jaxft import cli, compile_cache, sample
 from jaxft import config as configuration
 
 CONFIG = "configs/infer/demo.yaml"
-NUM_PICTURES = 48
-BATCH = 12
+NUM_PICTURES = 240
+BATCH = 20
 """Divides the number of pictures of each size."""
 
 
@@ -50,8 +51,8 @@ def wanted(seed: int) -> list[Wanted]:
     pictures = []
     for number in range(NUM_PICTURES):
         size = (square, wide, square, upright)[number % 4]
-        scene = world.random_scene(rng, size, 1 + number // 8 % 2)
-        names_class = number // 4 % 2 == 0
+        scene = world.random_scene(rng, size, 1 + number // 4 % 2)
+        names_class = number // 4 % 4 == 0
         caption = (
             subject.caption(scene.background, world.CLASS)
             if names_class
@@ -73,8 +74,9 @@ def write(folder: Path, seed: int) -> None:
         requests = [sample.Request(pictures[i].caption, "", seed + i) for i in numbers]
         images = sample.paint(requests, sample.load_model(config), config)
         for number, (pixels, _) in zip(numbers, images, strict=True):
-            Image.fromarray(pixels).save(folder / f"{number:02}.png", optimize=True)
-            (folder / f"{number:02}.txt").write_text(f"{pictures[number].caption}\n")
+            picture = Image.fromarray(pixels)
+            picture.save(folder / f"{number:03}.jpg", quality=90, subsampling=0, optimize=True)
+            (folder / f"{number:03}.txt").write_text(f"{pictures[number].caption}\n")
 
 
 if __name__ == "__main__":

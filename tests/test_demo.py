@@ -98,7 +98,7 @@ def test_the_class_set_asks_for_the_class_and_for_what_training_showed():
         assert len(of_size) * share == class_set.NUM_PICTURES
         assert len(of_size) % class_set.BATCH == 0
         of_class = [text for text in of_size if text.startswith(f"a {world.CLASS} on ")]
-        assert len(of_class) * 2 == len(of_size)
+        assert len(of_class) * 4 == len(of_size)
     assert {word for picture in wanted for word in picture.caption.split()} <= set(world.words())
 
 

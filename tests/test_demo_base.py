@@ -1,13 +1,9 @@
 """The stages that train the demo's base model: stopping, rate, tokenizer."""
 
-from typing import Any
-
 import demo_world as world
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-import optax.contrib
 import pytest
 from demo_base import fit as fitting
 from demo_base import unet, vae
@@ -109,36 +105,3 @@ def test_a_batch_of_the_vae_follows_from_its_number():
     assert vae.pictures(recipe, 0, 3).shape == (2, 128, 128, 3)
     np.testing.assert_array_equal(vae.pictures(recipe, 0, 3), vae.pictures(recipe, 0, 3))
     assert (vae.pictures(recipe, 0, 3) != vae.pictures(recipe, 0, 4)).any()
-
-
-def test_stacked_muon_is_muon_of_each_matrix(rng):
-    shapes = {"a": (4, 3), "b": (4, 3), "kernel": (4, 1, 1, 3), "wide": (2, 5)}
-    weights, grads = (
-        {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
-        for _ in range(2)
-    )
-    stacks = fitting.stacked(fitting.muon(0.1))
-    updates: Any
-    again: Any
-    updates, state = stacks.update(grads, stacks.init(weights), weights)
-    again, _ = stacks.update(grads, state, weights)
-    for name, shape in shapes.items():
-        matrix = (shape[0], -1)
-        alone = optax.contrib.muon(0.1, consistent_rms=0.2)
-        own, grad = weights[name].reshape(matrix), grads[name].reshape(matrix)
-        wanted: Any
-        wanted, state = alone.update(grad, alone.init(own), own)
-        np.testing.assert_allclose(updates[name].reshape(matrix), wanted, atol=1e-6)
-        wanted, _ = alone.update(grad, state, own)
-        np.testing.assert_allclose(again[name].reshape(matrix), wanted, atol=1e-6)
-
-
-def test_biases_norms_and_embeddings_are_left_to_adamw(rng):
-    names = ("norm.weight", "conv.bias", "token_embedding.weight")
-    weights = {"net": {name: np.ones(4, np.float32) for name in names}}
-    weights["net"]["token_embedding.weight"] = np.ones((4, 4), np.float32)
-    grads = jax.tree.map(lambda leaf: 1e-3 * rng.standard_normal(leaf.shape, np.float32), weights)
-    both = fitting.muon_and_adamw(0.1, weights)
-    updates, _ = both.update(grads, both.init(weights), weights)
-    for update, grad in zip(jax.tree.leaves(updates), jax.tree.leaves(grads), strict=True):
-        np.testing.assert_allclose(update, -0.1 * (np.sign(grad) + 0.01), atol=1e-3)

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 import torch
 from diffusers.optimization import get_cosine_schedule_with_warmup, get_scheduler
 
 from jaxft.errors import UserError
-from jaxft.tuning import optimizers
+from jaxft.tuning import muon, optimizers
 from jaxft.tuning.groups import Group, assign
 
 NAMES = [
@@ -140,6 +141,57 @@ def test_every_trained_weight_has_two_moments_and_no_other_array_is_kept(rng):
     state = optimizers.grouped(LABELS, transforms, 1.0).init(weights)
     moments = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
     assert moments == 2 * sum(leaf.size for leaf in jax.tree.leaves(weights))
+
+
+def test_muon_of_many_matrices_is_optaxs_of_each(rng):
+    shapes = {"a": (4, 3), "b": (4, 3), "kernel": (4, 1, 1, 3), "wide": (2, 5)}
+    weights: Any = {n: rng.standard_normal(shape, np.float32) for n, shape in shapes.items()}
+    ours, state = weights, None
+    optimizer = muon.muon(0.1, momentum=0.9, weight_decay=0.2)
+    alone = optax.contrib.muon(0.1, beta=0.9, weight_decay=0.2, consistent_rms=0.2)
+    theirs = {n: weights[n].reshape(len(weights[n]), -1) for n in shapes}
+    states = {n: alone.init(theirs[n]) for n in shapes}
+    state = optimizer.init(ours)
+    for _ in range(5):
+        grads: Any = {n: rng.standard_normal(shape, np.float32) for n, shape in shapes.items()}
+        updates, state = optimizer.update(grads, state, ours)
+        ours = optax.apply_updates(ours, updates)
+        for n in shapes:
+            change: Any
+            grad = grads[n].reshape(theirs[n].shape)
+            change, states[n] = alone.update(grad, states[n], theirs[n])
+            theirs[n] = theirs[n] + change
+    for n in shapes:
+        np.testing.assert_allclose(ours[n].reshape(theirs[n].shape), theirs[n], atol=1e-5)
+
+
+def test_muons_updates_have_the_size_of_adamws(rng):
+    weights: Any = {"square": np.zeros((64, 64), np.float32), "kernel": np.zeros((32, 8, 3, 3))}
+    grads = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), weights)
+    optimizer = muon.muon(1e-2)
+    updates, _ = optimizer.update(grads, optimizer.init(weights), weights)
+    for update in jax.tree.leaves(updates):  # singular values are 1 to within a third
+        assert np.sqrt(np.mean(update**2)) == pytest.approx(0.2e-2, rel=0.35)
+
+
+def test_muon_leaves_biases_norms_and_embeddings_to_adamw(rng):
+    weights: Any = {name: np.ones(4, np.float32) for name in ("norm.weight", "conv.bias")}
+    weights["token_embedding.weight"] = np.ones((4, 4), np.float32)
+    grads = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), weights)
+    both, adamw = muon.muon(0.1), optimizers.adamw(0.1, betas=(0.9, 0.99), weight_decay=0.1)
+    updates, _ = both.update(grads, both.init(weights), weights)
+    wanted, _ = adamw.update(grads, adamw.init(weights), weights)
+    for ours, theirs in zip(jax.tree.leaves(updates), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def test_muon_trains_a_group_beside_another(rng):
+    weights: Any = trainable(rng)
+    transforms = {group: muon.muon(lr) for group, lr in RATES.items()}
+    optimizer = optimizers.grouped(LABELS, transforms, 1.0)
+    updates, _ = optimizer.update(trainable(rng), optimizer.init(weights), weights)
+    sizes = {n: np.sqrt(np.mean(np.square(u))) for n, u in updates["unet"].items()}
+    assert sizes["c"] > 5 * sizes["a"] > 0  # ten times the rate
 
 
 # ----------------------------------------------------------------------------------------- groups

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax.contrib
 from jax.sharding import SingleDeviceSharding
 
 from jaxft import step
 from jaxft.checkpoint import Checkpoints
 from jaxft.log import RunLog
-from jaxft.tuning import optimizers
+from jaxft.tuning.muon import muon
+from jaxft.tuning.optimizers import Rate
 
 Loss = Callable[[step.Weights, Any, jax.Array], jax.Array]
 MakeBatch = Callable[[int], Any]
@@ -52,13 +52,13 @@ class Recipe(NamedTuple):
     restarts: tuple[int, ...] = ()
     """Steps at which another cycle begins: the rate rises again."""
 
-    def rate(self) -> optimizers.Rate:
+    def rate(self) -> Rate:
         """The learning rate of each step."""
         ends = [*self.restarts, self.steps]
         lengths = [end - start for start, end in zip([0, *self.restarts], ends, strict=True)]
         return optax.join_schedules([self._cycle(length) for length in lengths], ends[:-1])
 
-    def _cycle(self, length: int) -> optimizers.Rate:
+    def _cycle(self, length: int) -> Rate:
         start = max(self.warmup, round((1 - self.decay) * length))
         parts = [
             optax.linear_schedule(0, self.lr, self.warmup),
@@ -66,62 +66,6 @@ class Recipe(NamedTuple):
             optax.cosine_decay_schedule(self.lr, length - start),
         ]
         return optax.join_schedules(parts, [self.warmup, start])
-
-
-def muon(rate: optimizers.Rate | float) -> optax.GradientTransformation:
-    """Muon, of stacks of matrices [n, rows, columns]; Jordan et al. 2024.
-
-    Its updates have the size that AdamW's would have, so one rate serves both; Liu et al. 2025
-    (https://arxiv.org/abs/2502.16982).
-    """
-    axes = optax.contrib.MuonDimensionNumbers(1, 2)
-    return optax.contrib.muon(
-        rate,
-        muon_weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: axes, tree),
-        consistent_rms=0.2,
-    )
-
-
-def muon_and_adamw(
-    rate: optimizers.Rate | float, weights: step.Weights
-) -> optax.GradientTransformation:
-    """Muon for matrices and kernels, AdamW for biases, norms and embeddings."""
-    labels = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: "vectors" if leaf.ndim < 2 or "embedding" in str(path) else "matrices",
-        weights,
-    )
-    vectors = optimizers.adamw(rate, betas=(0.9, 0.99))
-    return optimizers.grouped(labels, {"matrices": stacked(muon(rate)), "vectors": vectors}, 1.0)
-
-
-def stacked(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same optimizer of matrices, over stacks [n, rows, columns] of those of one shape.
-
-    A UNet's hundreds of matrices have a few dozen shapes: so much less to compile and to launch.
-    Kernels OIHW are taken as matrices O x IHW.
-    """
-
-    def stack(tree: Any) -> dict[str, jax.Array]:
-        shapes: dict[tuple[int, ...], list[jax.Array]] = {}
-        for leaf in jax.tree.leaves(tree):
-            matrix = leaf.reshape(len(leaf), -1)
-            shapes.setdefault(matrix.shape, []).append(matrix)
-        return {str(shape): jnp.stack(matrices) for shape, matrices in shapes.items()}
-
-    def unstack(stacks: Any, like: Any) -> Any:
-        rest = {shape: iter(matrices) for shape, matrices in stacks.items()}
-
-        def take(leaf: jax.Array) -> jax.Array:
-            shape = str((len(leaf), leaf.size // len(leaf)))
-            return next(rest[shape]).reshape(leaf.shape)
-
-        return jax.tree.map(take, like)
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        new, state = optimizer.update(stack(updates), state, stack(params))
-        return unstack(new, params), state
-
-    return optax.GradientTransformation(lambda params: optimizer.init(stack(params)), update)
 
 
 def fit(
@@ -138,7 +82,8 @@ def fit(
         seed: of the noise.
     """
     rate = recipe.rate()
-    optimizer = muon_and_adamw(rate, weights)
+    clipping = optax.clip_by_global_norm(1.0)
+    optimizer = optax.chain(clipping, muon(rate, weight_decay=0.0))
     gradients = jax.jit(jax.value_and_grad(loss))
     update = jax.jit(functools.partial(_update, optimizer), donate_argnums=0)
     key = jax.random.key(seed)
