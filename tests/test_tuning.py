@@ -154,8 +154,9 @@ def test_muon_of_many_matrices_is_optaxs_of_each(rng):
     state = optimizer.init(ours)
     for _ in range(5):
         grads: Any = {n: rng.standard_normal(shape, np.float32) for n, shape in shapes.items()}
+        updates: Any
         updates, state = optimizer.update(grads, state, ours)
-        ours = optax.apply_updates(ours, updates)
+        ours = {n: ours[n] + updates[n] for n in shapes}
         for n in shapes:
             change: Any
             grad = grads[n].reshape(theirs[n].shape)
@@ -189,6 +190,7 @@ def test_muon_trains_a_group_beside_another(rng):
     weights: Any = trainable(rng)
     transforms = {group: muon.muon(lr) for group, lr in RATES.items()}
     optimizer = optimizers.grouped(LABELS, transforms, 1.0)
+    updates: Any
     updates, _ = optimizer.update(trainable(rng), optimizer.init(weights), weights)
     sizes = {n: np.sqrt(np.mean(np.square(u))) for n, u in updates["unet"].items()}
     assert sizes["c"] > 5 * sizes["a"] > 0  # ten times the rate

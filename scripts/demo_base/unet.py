@@ -33,7 +33,7 @@ SCHEDULER = random_model.SCHEDULER | {"beta_end": 0.02, "prediction_type": "v_pr
 """More noise than Stable Diffusion's own at the end: in latents as small as these, a background of
 one colour would still shine through. The velocity is learnt well at every level of noise."""
 
-RECIPE = Recipe(11_000, 32, 2e-3, parts=2, decay=0.5, restarts=(5000,))
+RECIPE = Recipe(12_500, 32, 2e-3, parts=2, decay=0.5, restarts=(5000,))
 
 NUM_SCENES = {(128, 128): 11_200, (160, 96): 2400, (96, 160): 2400}
 """Pictures that the UNet learns from, of each size; every second one shows two figures."""
