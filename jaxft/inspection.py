@@ -1,5 +1,6 @@
 """What a file or folder of weights is, in lines for people."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -7,7 +8,8 @@ from pathlib import Path
 from jaxft import tensor_file
 from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder, embeddings, hcp, webui
-from jaxft.tensor_file import Entry
+from jaxft.formats.webui_names import PREFIXES
+from jaxft.tensor_file import Entry, Header
 
 LORA_MARKS = {
     "lora:": "HCP-Diffusion's",
@@ -37,8 +39,10 @@ def lines(path: Path) -> Iterator[str]:
     header = tensor_file.read_header(path)
     yield f"{path}: {_kind(header.tensors, str(path))}"
     yield f"  {_counted(header.tensors.values())}"
+    yield from _networks(header.tensors, str(path))
     if ranks := _ranks(header.tensors):
         yield f"  ranks: {ranks}"
+    yield from _hashes(path, header)
     for key, value in sorted(header.metadata.items()):
         short = value if len(value) <= LONGEST else f"{value[:LONGEST]}… ({len(value)} characters)"
         yield f"  {key}: {short}"
@@ -53,6 +57,31 @@ def _folder(path: Path) -> Iterator[str]:
         for file in sorted((path / part).glob("*.safetensors")):
             tensors = tensor_file.read_header(file).tensors
             yield f"  {part}/{file.name}: {_counted(tensors.values())}"
+
+
+def _networks(tensors: Mapping[str, Entry], source: str) -> Iterator[str]:
+    """What a webui file holds of each network, a line each."""
+    try:
+        family = webui.detect(tensors, source)
+    except UserError:
+        return
+    for network, prefix in (PREFIXES | dict(family.text_prefixes)).items():
+        own = [entry for key, entry in tensors.items() if key.startswith(prefix)]
+        yield f"  {network}: {_counted(own)}"
+
+
+def _hashes(path: Path, header: Header) -> Iterator[str]:
+    """The file's SHA-256, by which sites know it, and whether its header states the right ones."""
+    with open(path, "rb") as file:
+        whole = hashlib.file_digest(file, "sha256").hexdigest()
+    yield f"  SHA-256 of the file: {whole} (AutoV2 of webuis: {whole[:10].upper()})"
+    stated = [key for key in tensor_file.HASHES if header.metadata.get(key)]
+    if not stated:
+        return
+    weights = tensor_file.digest(path, header.size)
+    for key in stated:
+        right = header.metadata[key] == tensor_file.HASHES[key] + weights
+        yield f"  {key} is {'that of the weights' if right else 'NOT that of the weights'}"
 
 
 def _kind(tensors: Mapping[str, Entry], source: str) -> str:

@@ -13,7 +13,7 @@ import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -49,6 +49,10 @@ PICKLES = {b"PK\x03\x04": "a .ckpt or .pt file of PyTorch", b"\x80\x02": "a pick
 HASHES = {"modelspec.hash_sha256": "0x", "sshs_model_hash": ""}
 """Metadata keys under which the writer puts the SHA-256 of the tensors' bytes -> what it begins
 with: ModelSpec's, and kohya's, by which webuis find a LoRA again."""
+
+LEGACY_HASH, LEGACY_START, LEGACY_SIZE = "sshs_legacy_hash", 2**20, 2**16
+"""Metadata key of kohya's older hash: the first 8 digits of the SHA-256 of these bytes, in a file
+with no metadata but `ss_…`."""
 
 
 class Entry(NamedTuple):
@@ -189,7 +193,8 @@ def write(
         path: where to; its folder is made.
         tensors: name -> array, or what has a shape, a dtype and `__array__`: each is made into an
             array when its turn comes, so that no two need be in memory.
-        metadata: texts for the header; those of `HASHES` get the SHA-256 of the tensors' bytes.
+        metadata: texts for the header; those of `HASHES` get the SHA-256 of the tensors' bytes,
+            `LEGACY_HASH` kohya's older hash.
         dtype: of floating tensors in the file; None: as they are. Each is cast alone.
 
     Raises:
@@ -210,20 +215,22 @@ def write(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(_header(texts, entries, "0" * 64))
-            digest = hashlib.sha256()
+        with open(temporary, "w+b") as file:
+            file.write(_header(_hashed(texts, "0" * 64, "0" * 8), entries))
+            start = file.tell()
+            sha256 = hashlib.sha256()
             for name in order:
                 array = np.ascontiguousarray(tensors[name], kinds[name])
                 data: Any = array.reshape(-1).view(np.uint8)
-                digest.update(data)
+                sha256.update(data)
                 file.write(data)
                 _release(tensors[name])
+            hashed = _hashed(texts, sha256.hexdigest(), _legacy_hash(file, start, texts, entries))
             file.seek(0)
-            file.write(header := _header(texts, entries, digest.hexdigest()))
+            file.write(_header(hashed, entries))
             file.flush()
             os.fsync(file.fileno())
-        if _digest(temporary, len(header)) != digest.hexdigest():
+        if digest(temporary, start) != sha256.hexdigest():
             raise UserError(f"{path}: the disk does not give back what was written to it")
         os.replace(temporary, path)
     finally:
@@ -247,15 +254,30 @@ def _stored(own: np.dtype, wanted: Any) -> np.dtype:
     return np.dtype(wanted) if is_float and wanted is not None else own
 
 
-def _header(metadata: Mapping[str, str], entries: Mapping[str, Any], digest: str) -> bytes:
-    """Length and header; as long for any digest."""
-    texts = {k: HASHES[k] + digest if k in HASHES else v for k, v in metadata.items()}
-    text = json.dumps({METADATA: texts} | dict(entries), separators=(",", ":")).encode()
+def _header(metadata: Mapping[str, str], entries: Mapping[str, Any]) -> bytes:
+    """Length and header, as the library writes them."""
+    content = {METADATA: metadata} | dict(entries)
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return START.pack(len(text)) + text
 
 
-def _digest(path: Path, start: int) -> str:
+def _hashed(metadata: Mapping[str, str], digest: str, legacy: str) -> dict[str, str]:
+    """The metadata with their hashes filled in; as long for any."""
+    hashes = {key: start + digest for key, start in HASHES.items()} | {LEGACY_HASH: legacy}
+    return {key: hashes.get(key, text) for key, text in metadata.items()}
+
+
+def _legacy_hash(
+    file: BinaryIO, start: int, metadata: Mapping[str, str], entries: Mapping[str, Any]
+) -> str:
+    """kohya's older hash of a file whose tensors begin at `start`."""
+    kohyas = {key: text for key, text in metadata.items() if key.startswith("ss_")}
+    file.seek(start + LEGACY_START - len(_header(kohyas, entries)))
+    return hashlib.sha256(file.read(LEGACY_SIZE)).hexdigest()[:8]
+
+
+def digest(path: Path, start: int) -> str:
     """SHA-256 of what a file holds from a byte on."""
     with open(path, "rb") as file:
         file.seek(start)

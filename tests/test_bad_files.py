@@ -1,5 +1,6 @@
 """Files that are not what they should be: one message says what they are and what is needed."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -115,6 +116,29 @@ def test_configurations_in_a_header_that_are_none(refused, whole, tmp_path, cont
     file = tmp_path / "m.safetensors"
     tensor_file.write(file, tensor_file.read(whole), {webui.CONFIGS: content})
     assert "m.safetensors: jaxft.configs in its header" in refused("to-diffusers", model_path=file)
+
+
+@pytest.mark.parametrize(
+    ("part", "option", "value"),
+    [
+        ("unet", "block_out_channels", None),
+        ("unet", "cross_attention_dim", -1),
+        ("unet", "attention_head_dim", []),
+        ("vae", "layers_per_block", [2, 2]),
+        ("text_encoder", "num_attention_heads", 0),
+        ("text_encoder", "hidden_act", {}),
+    ],
+)
+def test_configurations_in_a_header_with_values_of_another_kind(
+    refused, whole, tmp_path, part, option, value
+):
+    configs = webui.configs_in_header(whole)
+    assert configs is not None
+    configs[part][option] = value
+    file = tmp_path / "m.safetensors"
+    tensor_file.write(file, tensor_file.read(whole), {webui.CONFIGS: json.dumps(configs)})
+    text = refused("to-diffusers", model_path=file)
+    assert part in text.casefold() or "no network can be built from its config.json" in text
 
 
 def test_a_lora_of_another_base(refused, folders, tiny_model, tmp_path):

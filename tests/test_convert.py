@@ -1,6 +1,7 @@
 """The program `jaxft.convert`: diffusers sees the same model before and after."""
 
 import builtins
+import hashlib
 import runpy
 import shutil
 import sys
@@ -156,6 +157,13 @@ def test_inspect_says_what_things_are(tiny_model, tmp_path, capsys):
     assert "Stable Diffusion 1.x in one file" in told
     assert "F16" in told
     assert "modelspec.hash_sha256: 0x" in told
+    assert "modelspec.hash_sha256 is that of the weights" in told
+    assert f"SHA-256 of the file: {hashlib.sha256(file.read_bytes()).hexdigest()} " in told
+    assert [line.split(":")[0] for line in told.splitlines()[2:5]] == [
+        "  unet",
+        "  vae",
+        "  text_encoder",
+    ]
     main(["inspect", str(tiny_model)])
     told = capsys.readouterr().out
     assert "Stable Diffusion 1.x as a diffusers folder" in told

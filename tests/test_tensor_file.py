@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save, save_file
 
 from jaxft import tensor_file
 from jaxft.errors import UserError
@@ -72,6 +72,26 @@ def test_the_hash_is_that_of_the_tensors_bytes(tensors, tmp_path):
     assert header.metadata["modelspec.hash_sha256"] == f"0x{hashlib.sha256(data).hexdigest()}"
 
 
+def test_kohyas_hashes_are_those_of_its_trainer(tmp_path, rng):
+    """As kohya-ss/sd-scripts computes them: of the library's file with its own metadata alone."""
+    import hashlib
+
+    stored = {
+        f"lora_unet_{i}.lora_up.weight": rng.standard_normal((320, 512), np.float32)
+        for i in range(3)
+    } | {"lora_unet_0.alpha": np.ones((), np.float32)}
+    texts = {"ss_tag_frequency": '{"train": {"夏目": 3, "quote"": 1}}', "ss_network_dim": "8"}
+    hashes = {"sshs_model_hash": "", "sshs_legacy_hash": "", "modelspec.title": "a LoRA"}
+    tensor_file.write(tmp_path / "x.safetensors", stored, texts | hashes)
+    metadata = tensor_file.read_header(tmp_path / "x.safetensors").metadata
+    kohyas = save(stored, texts)
+    (size,) = tensor_file.START.unpack(kohyas[:8])
+    assert metadata["sshs_model_hash"] == hashlib.sha256(kohyas[8 + size :]).hexdigest()
+    old = hashlib.sha256(kohyas[0x100000:0x110000]).hexdigest()[:8]
+    assert metadata["sshs_legacy_hash"] == old
+    assert metadata.items() > texts.items()
+
+
 def resident() -> int:
     """Bytes of mapped files that this process holds in memory."""
     (line,) = (t for t in Path("/proc/self/status").read_text().splitlines() if "RssFile" in t)
@@ -93,7 +113,7 @@ def test_what_was_there_stays_when_writing_fails(tensors, tmp_path, monkeypatch)
     file = tmp_path / "x.safetensors"
     tensor_file.write(file, tensors)
     before = file.read_bytes()
-    monkeypatch.setattr(tensor_file, "_digest", lambda path, start: "something else")
+    monkeypatch.setattr(tensor_file, "digest", lambda path, start: "something else")
     with pytest.raises(UserError, match="does not give back"):
         tensor_file.write(file, {"a": np.zeros(3, np.float32)})
     assert file.read_bytes() == before

@@ -174,8 +174,18 @@ def _read(part: str, network: type[Any], config: dict[str, Any], file: Path) -> 
 
 
 def shapes(network: type[Any], config: Mapping[str, Any]) -> params.Shapes:
-    """Names and shapes of the weights of a network with this configuration."""
-    return params.abstract(lambda: network(config))[1]
+    """Names and shapes of the weights of a network with this configuration.
+
+    Raises:
+        UserError: it asks for what jaxft lacks, or has values of the wrong kind.
+    """
+    try:
+        return params.abstract(lambda: network(config))[1]
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
+        raise UserError(
+            f"{network.__name__}: no network can be built from its config.json ({error}); get the "
+            "file again"
+        ) from error
 
 
 def _rename(part: str, stored: dict[str, Any]) -> dict[str, Any]:

@@ -198,6 +198,7 @@ def kohya_metadata(lora: Lora, configs: Configs, name: str) -> dict[str, str]:
     ranks, alphas = ({getattr(low, what) for low in every} for what in ("rank", "alpha"))
     return modelspec.header(configs, name, "lora") | {
         "sshs_model_hash": "",
+        "sshs_legacy_hash": "",
         "ss_base_model_version": VERSIONS.get(family.architecture, "sdxl_base_v1-0") + velocity,
         "ss_v2": str(family == families.SD2),
         "ss_network_module": "networks.lora",

@@ -302,6 +302,11 @@ def from_tensors(stored: dict[str, Any], configs: Configs, source: str) -> Weigh
             f"{source}: this is a {family.title}, and the configurations are those of a "
             f"{configs.family.title}"
         )
+    known = {
+        f"{part}.{name}": leaf
+        for part, network in configs.family.networks.items()
+        for name, leaf in shapes(network, configs.parts[part]).items()
+    }
     table = names(family, configs.parts)
     for place in table.values():
         alias = next((other for other in ALIASES.get(place.key, ()) if other in stored), None)
@@ -310,7 +315,7 @@ def from_tensors(stored: dict[str, Any], configs: Configs, source: str) -> Weigh
     ignored = _ignored(stored, family, configs, {place.key for place in table.values()})
     for key in ignored:
         del stored[key]
-    params.check(stored, _expected(table, configs, stored), source)
+    params.check(stored, _expected(table, known, stored), source)
 
     parts: dict[str, dict[str, Any]] = {part: {} for part in configs.parts}
     for name, place in table.items():
@@ -335,14 +340,9 @@ def _ignored(
 
 
 def _expected(
-    table: Mapping[str, Place], configs: Configs, stored: Mapping[str, np.ndarray]
+    table: Mapping[str, Place], known: params.Shapes, stored: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Keys and shapes of a file with these configurations; a convolution also as a matrix."""
-    known = {
-        f"{part}.{name}": shape
-        for part, network in configs.family.networks.items()
-        for name, shape in shapes(network, configs.parts[part]).items()
-    }
+    """Keys and shapes of a file with these weights; a convolution also as a matrix."""
     expected = {}
     for name, (key, form) in table.items():
         shape, dtype = known[name].shape, known[name].dtype
