@@ -19,8 +19,9 @@ from jaxft.data.buckets import fixed_bucket, ratio_buckets_from_files
 from jaxft.diffusion.scheduler_config import SAMPLERS
 from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder
+from jaxft.tuning.factored import adafactor, came
 from jaxft.tuning.muon import muon
-from jaxft.tuning.optimizers import adamw
+from jaxft.tuning.optimizers import adamw, dadapt_adam, lion, prodigy, sgd
 
 
 def scheduler(class_name: str, **options: Any) -> dict[str, Any]:
@@ -39,6 +40,12 @@ TARGETS: dict[str, tuple[str, Callable[..., Any]]] = {
     "hcpdiff.data.bucket.FixedBucket": ("bucket", fixed_bucket),
     "torch.optim.AdamW": ("optimizer", adamw),
     "torch.optim.Muon": ("optimizer", muon),
+    "torch.optim.SGD": ("optimizer", sgd),
+    "transformers.optimization.Adafactor": ("optimizer", adafactor),
+    "came_pytorch.CAME": ("optimizer", came),
+    "dadaptation.DAdaptAdam": ("optimizer", dadapt_adam),
+    "lion_pytorch.Lion": ("optimizer", lion),
+    "prodigyopt.Prodigy": ("optimizer", prodigy),
     "diffusers.AutoencoderKL.from_pretrained": ("vae", vae),
     **{f"diffusers.{name}": ("sampler", partial(scheduler, name)) for name in SAMPLERS},
 }

@@ -22,7 +22,7 @@ from jaxft.data.tokens import Tokenizer
 from jaxft.diffusion import schedule
 from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder, single_file
-from jaxft.tuning import optimizers
+from jaxft.tuning import optimizers, schedules
 from jaxft.tuning.groups import Group, Labels, assign
 
 COMPUTE = {"bf16": "bfloat16", "no": "float32"}
@@ -38,7 +38,7 @@ class Plan(NamedTuple):
     mesh: Mesh
     groups: list[Group]
     labels: Labels
-    rates: dict[str, optimizers.Rate]
+    rates: dict[str, schedules.Rate]
     """Of each group, in updates made."""
     optimizer: optax.GradientTransformation
     datasets: list[Dataset]
@@ -186,9 +186,9 @@ def _rate_factor(config: Config, num_devices: int) -> int:
     return images * num_devices * config.train.gradient_accumulation_steps
 
 
-def _rates(options: Config, named: list[Group], total_steps: int) -> dict[str, optimizers.Rate]:
+def _rates(options: Config, named: list[Group], total_steps: int) -> dict[str, schedules.Rate]:
     return {
-        group.name: optimizers.schedule(
+        group.name: schedules.schedule(
             options.name,
             group.lr,
             options.num_warmup_steps,

@@ -1,18 +1,23 @@
 """Groups, schedules and optimizers are PyTorch's and diffusers'."""
 
+import contextlib
 from typing import Any
 
+import came_pytorch
 import jax
 import jax.numpy as jnp
+import lion_pytorch
 import numpy as np
 import optax
 import optax.contrib
+import prodigyopt
 import pytest
 import torch
 from diffusers.optimization import get_cosine_schedule_with_warmup, get_scheduler
+from transformers.optimization import Adafactor, get_wsd_schedule
 
 from jaxft.errors import UserError
-from jaxft.tuning import muon, optimizers
+from jaxft.tuning import factored, muon, optimizers, schedules
 from jaxft.tuning.groups import Group, assign
 
 NAMES = [
@@ -45,7 +50,7 @@ def test_schedules_are_diffusers(name, warmup, total):
         optimizer,
         total,
     )
-    ours = optimizers.schedule(name, 3e-4, warmup, total)
+    ours = schedules.schedule(name, 3e-4, warmup, total)
     # float32, and a cosine near its zero: 1e-6 of the peak.
     np.testing.assert_allclose([ours(n) for n in range(total)], theirs, rtol=1e-6, atol=3e-10)
 
@@ -54,7 +59,7 @@ def test_options_of_a_schedule_are_diffusers():
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     wanted = get_cosine_schedule_with_warmup(optimizer, 5, 60, num_cycles=2.5)
     theirs = rates(wanted, optimizer, 60)
-    ours = optimizers.schedule("cosine", 1.0, 5, 60, num_cycles=2.5)
+    ours = schedules.schedule("cosine", 1.0, 5, 60, num_cycles=2.5)
     np.testing.assert_allclose([ours(n) for n in range(60)], theirs, rtol=1e-5, atol=1e-6)
 
 
@@ -74,13 +79,48 @@ def test_one_cycle_is_pytorchs(warmup, total, factors):
         optimizer,
         total,
     )
-    ours = optimizers.schedule("one_cycle", 3e-4, warmup, total, **factors)
+    ours = schedules.schedule("one_cycle", 3e-4, warmup, total, **factors)
     np.testing.assert_allclose([ours(n) for n in range(total)], theirs, rtol=1e-5, atol=3e-10)
 
 
-@pytest.mark.parametrize("name", list(optimizers.SCHEDULES))
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("cosine_with_restarts", {"num_cycles": 3}),
+        ("polynomial", {"power": 2.0}),
+        ("piecewise_constant", {"step_rules": "1:7,0.3:30,0.1"}),
+    ],
+)
+@pytest.mark.parametrize(("warmup", "total"), [(0, 40), (5, 57)])
+def test_schedules_with_options_are_diffusers(name, options, warmup, total):
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    given = options | {"num_warmup_steps": warmup, "num_training_steps": total}
+    theirs = rates(get_scheduler(name, optimizer, **given), optimizer, total)
+    ours = schedules.schedule(name, 1.0, warmup, total, **options)
+    # 2e-7: diffusers' polynomial ends at a rate of 1e-7.
+    np.testing.assert_allclose([ours(n) for n in range(total)], theirs, rtol=1e-5, atol=2e-7)
+
+
+@pytest.mark.parametrize("decay", [None, 1, 12])
+def test_warmup_stable_decay_is_transformers(decay):
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    wanted = get_wsd_schedule(optimizer, 5, decay or 6, num_training_steps=60, decay_type="linear")
+    options = {} if decay is None else {"num_decay_steps": decay}
+    ours = schedules.schedule("warmup_stable_decay", 1.0, 5, 60, **options)
+    theirs = rates(wanted, optimizer, 60)
+    np.testing.assert_allclose([ours(n) for n in range(60)], theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_rex_is_its_papers():
+    progress = np.arange(50) / 50
+    wanted = (1 - progress) / (1 / 2 + 1 / 2 * (1 - progress))
+    ours = schedules.schedule("rex", 1.0, 0, 50)
+    np.testing.assert_allclose([ours(n) for n in range(50)], wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", list(schedules.SCHEDULES))
 def test_a_schedule_is_the_same_when_compiled(name):
-    rate = optimizers.schedule(name, 1e-3, 3, 20)
+    rate = schedules.schedule(name, 1e-3, 3, 20)
     compiled = jax.jit(rate)
     plain = [float(rate(jnp.asarray(n))) for n in range(20)]
     fused = [compiled(jnp.asarray(n)) for n in range(20)]
@@ -89,11 +129,16 @@ def test_a_schedule_is_the_same_when_compiled(name):
 
 def test_mistakes_in_schedules_are_named():
     with pytest.raises(UserError, match=r"train.scheduler.name: 'cosin'.* cosine"):
-        optimizers.schedule("cosin", 1e-3, 0, 10)
+        schedules.schedule("cosin", 1e-3, 0, 10)
     with pytest.raises(UserError, match=r"num_warmup_steps: 10 updates.* 10 updates"):
-        optimizers.schedule("linear", 1e-3, 10, 10)
+        schedules.schedule("linear", 1e-3, 10, 10)
     with pytest.raises(UserError, match="scheduler_kwargs: linear does not take power"):
-        optimizers.schedule("linear", 1e-3, 0, 10, power=2)
+        schedules.schedule("linear", 1e-3, 0, 10, power=2)
+    with pytest.raises(UserError, match="num_decay_steps: 8 updates of decay and 3 of warm-up"):
+        schedules.schedule("warmup_stable_decay", 1e-3, 3, 10, num_decay_steps=8)
+    for rules in ("1:x,2", "1:9,1:3,2", "a", "1:5"):
+        with pytest.raises(UserError, match=r"step_rules: .* is not of the form"):
+            schedules.schedule("piecewise_constant", 1e-3, 0, 10, step_rules=rules)
 
 
 # ------------------------------------------------------------------------------------- optimizers
@@ -133,6 +178,102 @@ def test_two_groups_of_adamw_are_pytorchs(rng, options, max_norm):
         np.testing.assert_allclose(
             np.asarray(ours["unet"][name]), weight.detach().numpy(), rtol=1e-5, atol=1e-6
         )
+
+
+def quiet(function: Any, *args: Any, **options: Any) -> Any:
+    """What it returns; a reference may print."""
+    with contextlib.redirect_stdout(None):
+        return function(*args, **options)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "options"),
+    [
+        (optimizers.sgd, torch.optim.SGD, {}),
+        (optimizers.sgd, torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}),
+        (optimizers.sgd, torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+        (optimizers.lion, lion_pytorch.Lion, {"weight_decay": 0.1}),
+        (optimizers.lion, lion_pytorch.Lion, {"betas": (0.95, 0.98)}),
+        (factored.adafactor, Adafactor, {"relative_step": False}),
+        (factored.adafactor, Adafactor, {"relative_step": False, "weight_decay": 0.1}),
+        (
+            factored.adafactor,
+            Adafactor,
+            {"relative_step": False, "scale_parameter": False, "beta1": 0.9, "clip_threshold": 0.5},
+        ),
+        (factored.came, came_pytorch.CAME, {}),
+        (factored.came, came_pytorch.CAME, {"weight_decay": 0.1, "clip_threshold": 0.5}),
+        (optimizers.prodigy, prodigyopt.Prodigy, {"use_bias_correction": True}),
+        (
+            optimizers.prodigy,
+            prodigyopt.Prodigy,
+            {
+                "use_bias_correction": True,
+                "safeguard_warmup": True,
+                "weight_decay": 0.1,
+                "d_coef": 2.0,
+            },
+        ),
+    ],
+)
+def test_fifty_updates_are_the_references(rng, ours, theirs, options):
+    weights: Any = trainable(rng)
+    copies = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in weights["unet"].items()}
+    reference = quiet(theirs, list(copies.values()), lr=1e-2, **options)
+    optimizer = ours(1e-2, **options)
+    state, update = optimizer.init(weights), jax.jit(optimizer.update)
+    for _ in range(50):
+        grads = trainable(rng)
+        updates, state = update(grads, state, weights)
+        weights = optax.apply_updates(weights, updates)
+        for name, weight in copies.items():
+            weight.grad = torch.tensor(grads["unet"][name])
+        reference.step()
+    for name, weight in copies.items():
+        np.testing.assert_allclose(
+            weights["unet"][name], weight.detach().numpy(), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_d_adaptation_finds_a_rate(rng):
+    """From 1e-6 to one that minimises a quadratic function."""
+    wanted = rng.standard_normal(8).astype(np.float32)
+    weights: Any = np.zeros(8, np.float32)
+    optimizer = optimizers.dadapt_adam(1.0)
+    state, update = optimizer.init(weights), jax.jit(optimizer.update)
+    for _ in range(300):
+        updates, state = update(2 * (weights - wanted), state, weights)
+        weights = weights + updates
+    assert np.mean(np.square(weights - wanted)) < 0.05 * np.mean(np.square(wanted))
+
+
+def test_options_that_would_take_over_the_rates_are_refused():
+    for option in ("relative_step", "warmup_init"):
+        with pytest.raises(UserError, match="set both to false"):
+            factored.adafactor(1e-3, **{option: True})
+    with pytest.raises(UserError, match="use_bias_correction: false is not supported"):
+        optimizers.prodigy(1.0, use_bias_correction=False)
+
+
+def test_factored_moments_are_small():
+    """A row and a column of a matrix; of CAME two of each, and its momentum."""
+    matrix = np.zeros((64, 48), np.float32)
+    sizes = [
+        sum(leaf.size for leaf in jax.tree.leaves(optimizer(1e-3).init(matrix)) if leaf.ndim)
+        for optimizer in (factored.adafactor, factored.came)
+    ]
+    assert sizes == [64 + 48, 2 * (64 + 48) + 64 * 48]
+
+
+@pytest.mark.parametrize(
+    "optimizer", [optimizers.prodigy, factored.adafactor, factored.came, optimizers.dadapt_adam]
+)
+def test_weights_and_state_can_both_be_given_away(rng, optimizer):
+    """As a training step does, which donates both."""
+    made = optimizer(1e-3)
+    weights = jax.tree.map(jnp.asarray, trainable(rng))
+    state = jax.jit(lambda weights: (weights, made.init(weights)))(weights)
+    jax.jit(lambda s: made.update(s[0], s[1], s[0]), donate_argnums=0)(state)
 
 
 def test_every_trained_weight_has_two_moments_and_no_other_array_is_kept(rng):

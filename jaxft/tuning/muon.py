@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from jaxft.tuning.optimizers import Rate, adamw
+from jaxft.tuning.optimizers import adamw
+from jaxft.tuning.schedules import Rate
 
 RMS = 0.2
 """Root mean square of an update, in units of the rate: what AdamW's have."""

@@ -1,19 +1,16 @@
-"""Optimizers and learning-rate schedules by the names that configurations use."""
+"""Optimizers by the names that configurations use."""
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from jaxft.errors import UserError
 from jaxft.tuning.groups import Labels
-
-Rate = Callable[[Any], Any]
-"""A learning rate as a function of the number of updates made so far."""
-
+from jaxft.tuning.schedules import Rate
 
 SMALL = 2**13
 """Scalars up to which a tensor is packed."""
@@ -30,6 +27,84 @@ def adamw(
 ) -> optax.GradientTransformation:
     """`torch.optim.AdamW`; Loshchilov and Hutter 2019 (https://arxiv.org/abs/1711.05101)."""
     return packed(optax.adamw(learning_rate, betas[0], betas[1], eps, weight_decay=weight_decay))
+
+
+def lion(
+    learning_rate: float | Rate,
+    *,
+    betas: tuple[float, float] = (0.9, 0.99),
+    weight_decay: float = 0.0,
+    use_triton: bool = False,
+) -> optax.GradientTransformation:
+    """`lion_pytorch.Lion`; Chen et al. 2023 (https://arxiv.org/abs/2302.06675).
+
+    `use_triton` is there for its configurations, and changes nothing.
+    """
+    return packed(optax.lion(learning_rate, *betas, weight_decay=weight_decay))
+
+
+def sgd(
+    learning_rate: float | Rate,
+    *,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """`torch.optim.SGD`; its weight decay is added to the gradient."""
+    decay = optax.add_decayed_weights(weight_decay)
+    return packed(optax.chain(decay, optax.sgd(learning_rate, momentum or None, nesterov)))
+
+
+def prodigy(
+    learning_rate: float | Rate,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    beta3: float | None = None,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    use_bias_correction: bool = True,
+    safeguard_warmup: bool = False,
+    d0: float = 1e-6,
+    d_coef: float = 1.0,
+) -> optax.GradientTransformation:
+    """`prodigyopt.Prodigy`; Mishchenko and Defazio 2023 (https://arxiv.org/abs/2306.06101).
+
+    It finds the size of the rate; `learning_rate` is a factor of it, 1 as a rule. Each group finds
+    its own.
+
+    Raises:
+        UserError: without bias correction, which is not supported.
+    """
+    if not use_bias_correction:
+        raise UserError("use_bias_correction: false is not supported; leave it out")
+    found = optax.contrib.prodigy(
+        learning_rate, betas, beta3, eps, d0, d_coef, weight_decay, safeguard_warmup
+    )
+    return _owning(found)
+
+
+def dadapt_adam(
+    learning_rate: float | Rate,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    d0: float = 1e-6,
+) -> optax.GradientTransformation:
+    """AdamW by D-Adaptation; Defazio and Mishchenko 2023 (https://arxiv.org/abs/2301.07733).
+
+    As Prodigy, it finds the size of the rate, each group its own.
+    """
+    return optax.contrib.dadapt_adamw(learning_rate, betas, eps, d0, weight_decay)
+
+
+def _owning(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same optimizer, whose state shares no array with the weights: both are donated."""
+
+    def init(params: Any) -> Any:
+        return optimizer.init(jax.tree.map(jnp.copy, params))
+
+    return optax.GradientTransformation(init, optimizer.update)
 
 
 def packed(elementwise: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -64,80 +139,6 @@ def packed(elementwise: optax.GradientTransformation) -> optax.GradientTransform
         return unpack(new, params), state
 
     return optax.GradientTransformation(lambda params: elementwise.init(pack(params)), update)
-
-
-def _one_cycle(warmup: int, total: int, div_factor: float = 25.0, final_div_factor: float = 1e4):
-    """`torch.optim.lr_scheduler.OneCycleLR` with cosine legs; Smith and Topin 2018.
-
-    Only the rate cycles: betas stay as they are.
-    """
-    start, end = 1 / div_factor, 1 / div_factor / final_div_factor
-    peak = warmup - 1
-
-    def half_cosine(progress):
-        return 0.5 - 0.5 * jnp.cos(jnp.pi * jnp.clip(progress, 0, 1))
-
-    def factor(step):
-        up = half_cosine(step / max(peak, 1))
-        down = half_cosine((step - peak) / max(total - 1 - peak, 1))
-        return jnp.where(step <= peak, start + (1 - start) * up, 1 + (end - 1) * down)
-
-    return factor
-
-
-def _warm(warmup: int, after: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A linear rise from 0 over `warmup` updates, then `after` of the updates since."""
-    return lambda step: jnp.where(step < warmup, step / max(warmup, 1), after(step - warmup))
-
-
-def _constant(warmup: int, total: int):
-    return lambda step: jnp.ones_like(step, jnp.float32)
-
-
-def _constant_with_warmup(warmup: int, total: int):
-    return _warm(warmup, lambda since: 1.0)
-
-
-def _linear(warmup: int, total: int):
-    length = max(total - warmup, 1)
-    return _warm(warmup, lambda since: jnp.maximum(0.0, (length - since) / length))
-
-
-def _cosine(warmup: int, total: int, num_cycles: float = 0.5):
-    speed = 2 * math.pi * num_cycles / max(total - warmup, 1)
-    return _warm(warmup, lambda since: 0.5 + 0.5 * jnp.cos(speed * since))
-
-
-SCHEDULES: dict[str, Callable[..., Callable[[Any], Any]]] = {
-    "constant": _constant,
-    "constant_with_warmup": _constant_with_warmup,
-    "cosine": _cosine,
-    "linear": _linear,
-    "one_cycle": _one_cycle,
-}
-"""Factors of the rate as functions of (warm-up updates, updates in all); as in diffusers."""
-
-
-def schedule(name: str, lr: float, warmup: int, total: int, **options: Any) -> Rate:
-    """The rate lr · factor over `total` updates, the first `warmup` of them rising.
-
-    Raises:
-        UserError: an unknown name or option, or a warm-up as long as the run.
-    """
-    if name not in SCHEDULES:
-        raise UserError(f"train.scheduler.name: {name!r} is not one of {', '.join(SCHEDULES)}")
-    if name != "constant" and warmup >= total:
-        raise UserError(
-            f"train.scheduler.num_warmup_steps: {warmup} updates of warm-up do not fit into "
-            f"{total} updates; lower it or train longer"
-        )
-    try:
-        factor = SCHEDULES[name](warmup, total, **options)
-    except TypeError:
-        raise UserError(
-            f"train.scheduler.scheduler_kwargs: {name} does not take {', '.join(options)}"
-        ) from None
-    return lambda step: lr * factor(step)
 
 
 def grouped(

@@ -18,7 +18,7 @@ from jaxft import step
 from jaxft.checkpoint import Checkpoints
 from jaxft.log import RunLog
 from jaxft.tuning.muon import muon
-from jaxft.tuning.optimizers import Rate
+from jaxft.tuning.schedules import Rate
 
 Loss = Callable[[step.Weights, Any, jax.Array], jax.Array]
 MakeBatch = Callable[[int], Any]
