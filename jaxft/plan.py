@@ -16,7 +16,7 @@ from jaxft import config as configs
 from jaxft import mesh as meshes
 from jaxft.config import Config
 from jaxft.data import source
-from jaxft.data.buckets import BatchPlan
+from jaxft.data.batches import BatchPlan
 from jaxft.data.loader import Dataset
 from jaxft.data.tokens import Tokenizer
 from jaxft.diffusion import schedule
