@@ -87,7 +87,8 @@ def ratio_buckets_from_ratios(
         UserError: options that give too few sizes.
     """
     areas, images = _checked_areas(target_area, step_size), _array(sizes)
-    if ratio_max < 1 or not 0 < (ratio_min or 1) <= ratio_max:
+    least = ratio_max if ratio_min is None else ratio_min
+    if not (1 <= ratio_max < math.inf and 0 < least <= ratio_max):
         raise UserError(
             f"ratio_max: {ratio_max} must be at least 1, and ratio_min ({ratio_min}) between 0 and "
             "ratio_max"
@@ -274,7 +275,7 @@ def _grid_sizes(
     area: float, step: int, count: int, ratio_max: float, ratio_min: float | None
 ) -> Sizes:
     """`count` sizes of different ratios: of the 3 · count nearest to the area, the median ones."""
-    extreme = max(ratio_max, 1 / (ratio_min or ratio_max))
+    extreme = max(ratio_max, 1 / ratio_min) if ratio_min else ratio_max
     low = int(math.sqrt(area / extreme))
     high = int(extreme * low)
     sides = range(max(low // step, 1) * step, high // step * step + 1, step)

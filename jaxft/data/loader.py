@@ -107,9 +107,7 @@ class Dataset:
         return batch | {"pixel_values": np.stack([source.pixels(r, size) for r in records])}
 
 
-def time_ids(
-    original: tuple[int, int], size: tuple[int, int], scaled: bool = True
-) -> np.ndarray:
+def time_ids(original: tuple[int, int], size: tuple[int, int], scaled: bool = True) -> np.ndarray:
     """What Stable Diffusion XL is told of an image, float32 [6], in pixels.
 
     Original height and width, top and left of the crop in the scaled image, height and width of
