@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import FrozenConfigDict
 
-from jaxft.data.buckets import fixed_bucket, ratio_buckets_from_files
+from jaxft.data import buckets
 from jaxft.diffusion.scheduler_config import SAMPLERS
 from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder
@@ -36,8 +36,18 @@ def vae(pretrained_model_name_or_path: str, *, subfolder: str = "") -> diffusers
 
 
 TARGETS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "hcpdiff.data.bucket.RatioBucket.from_files": ("bucket", ratio_buckets_from_files),
-    "hcpdiff.data.bucket.FixedBucket": ("bucket", fixed_bucket),
+    "hcpdiff.data.bucket.RatioBucket.from_files": ("bucket", buckets.ratio_buckets_from_files),
+    "hcpdiff.data.bucket.RatioBucket.from_ratios": ("bucket", buckets.ratio_buckets_from_ratios),
+    "hcpdiff.data.bucket.SizeBucket.from_files": ("bucket", buckets.size_buckets_from_files),
+    "hcpdiff.data.bucket.RatioSizeBucket.from_files": (
+        "bucket",
+        buckets.ratio_size_buckets_from_files,
+    ),
+    "hcpdiff.data.bucket.LongEdgeBucket.from_files": (
+        "bucket",
+        buckets.long_edge_buckets_from_files,
+    ),
+    "hcpdiff.data.bucket.FixedBucket": ("bucket", buckets.fixed_bucket),
     "torch.optim.AdamW": ("optimizer", adamw),
     "torch.optim.Muon": ("optimizer", muon),
     "torch.optim.SGD": ("optimizer", sgd),
@@ -96,9 +106,11 @@ def build(node: FrozenConfigDict | Mapping[str, Any], kind: str, where: str, **e
 
 def _lookup(name: Any, kind: str, where: str) -> Callable[..., Any]:
     choices = {full: function for full, (of, function) in TARGETS.items() if of == kind}
-    for full, function in choices.items():
-        if name and f".{full}".endswith(f".{name}"):
-            return function
+    named = [full for full in choices if name and f".{full}".endswith(f".{name}")]
+    if len(named) == 1:
+        return choices[named[0]]
+    if named:
+        raise UserError(f"{where}._target_: {name} may be {' or '.join(named)}; choose one")
     ends = {full[at:]: full for full in choices for at in range(len(full)) if f".{full}"[at] == "."}
     near = difflib.get_close_matches(str(name), ends, n=1)
     hint = f"did you mean {ends[near[0]]}? " if near else ""

@@ -23,6 +23,7 @@ IGNORED: dict[str, str] = {
     "model.vae_dtype": "the precision of the VAE is chosen by jaxft",
     "data.*.att_mask_encode": "it has no effect in HCP-Diffusion either",
     "data.*.cache_path": "latents are kept in memory",
+    "data.*.bucket.pre_build_bucket": "a run keeps its buckets in buckets.json, for its resumes",
     "encoder_attention_mask": "the padding of a prompt is seen, as it is in training",
     "merge.*.lora.*.dropout": "nothing is dropped while sampling",
     "interface": "images are written to save.out_dir",

@@ -1,22 +1,24 @@
 """What a configuration would train, on what and for how long: checked whole, before any step.
 
-python -m jaxft.plan --config configs/train/ft1.yaml [key=value …]
+python -m jaxft.plan --config configs/train/ft1.yaml [--html FILE] [key=value …]
 """
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import optax
 from jax.sharding import Mesh
 
-from jaxft import cli, compat, params
+from jaxft import cli, compat, gallery, params, report
 from jaxft import config as configs
 from jaxft import mesh as meshes
 from jaxft.config import Config
-from jaxft.data import source
-from jaxft.data.buckets import BatchPlan
+from jaxft.data import bucket_table, source
+from jaxft.data.batches import BatchPlan
+from jaxft.data.buckets import Buckets, Size
 from jaxft.data.loader import Dataset
 from jaxft.data.tokens import Tokenizer
 from jaxft.diffusion import schedule
@@ -121,6 +123,8 @@ def _datasets(
     config: Config, model: diffusers_folder.Model, num_devices: int
 ) -> tuple[list[Dataset], list[str]]:
     datasets, notices = [], []
+    resumed = config.train.resume
+    tables = bucket_table.read(Path(resumed) / bucket_table.FILE) if resumed else {}
     tokenizers = [Tokenizer(folder) for folder in model.tokenizers.values()]
     for name, options in config.data.items():
         records = []
@@ -132,8 +136,8 @@ def _datasets(
             records += found.records
             notices += found.notices
         sizes = [record.size for record in records]
-        key = f"data.{name}.bucket"
-        buckets = compat.build(options.bucket, "bucket", key, sizes=sizes)
+        buckets, new = _buckets(name, options.bucket, sizes, tables.get(name))
+        records = [record._replace(scaled=buckets.scaled) for record in records]
         batch_size = options.batch_size * num_devices
         try:
             plan = BatchPlan(buckets, batch_size, seed=config.seed, name=name, tail=options.tail)
@@ -152,8 +156,23 @@ def _datasets(
                 with_sizes=model.family.is_xl,
             )
         )
-        notices += _truncated(datasets[-1])
+        notices += new + _truncated(datasets[-1]) + report.warnings(datasets[-1])
     return datasets, notices
+
+
+def _buckets(
+    name: str, options: Config, sizes: list[Size], saved: bucket_table.Saved | None
+) -> tuple[Buckets, list[str]]:
+    """A dataset's buckets: those of the run that goes on, unless other options are asked for."""
+    key, node = f"data.{name}.bucket", options.to_dict()
+    kept = saved if saved and bucket_table.matches(saved, node) else None
+    buckets = compat.build(node, "bucket", key, sizes=sizes, known=kept.sizes if kept else ())
+    if not kept:
+        return buckets, []
+    buckets, added = bucket_table.restore(kept, sizes, buckets)
+    if not added:
+        return buckets, []
+    return buckets, [f"data.{name}: {added} images are new, and go to sizes that the run has"]
 
 
 def _source_options(options: Config) -> dict[str, Any]:
@@ -246,11 +265,7 @@ def _dataset_lines(dataset: Dataset) -> list[str]:
         f"{dataset.name}: {len(dataset.records)} images, {dataset.num_batches} batches of "
         f"{dataset.plan.batch_size} an epoch, loss weight {dataset.loss_weight:g}"
     ]
-    lines += [
-        f"  {width} × {height}: {shape.num_images} images in {shape.num_batches} batches"
-        for shape in dataset.shapes
-        for width, height in [shape.size]
-    ]
+    lines += [f"  {line}" for line in report.bucket_lines(dataset)]
     first = dataset.records[0]
     return [*lines, f"  e.g. {first.path.name}: {source.prompt(first, 0)!r}"]
 
@@ -266,11 +281,19 @@ def parse(argv: Sequence[str], add: Callable[[argparse.ArgumentParser], object] 
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints the plan."""
-    args = parse(argv)
+    """Prints the plan, and writes it as a page."""
+    args = parse(
+        argv, lambda parser: parser.add_argument("--html", type=Path, help="page to write")
+    )
     if not args.config:
         raise UserError("name a configuration: --config FILE")
-    print(describe(prepare(*configs.load(args.config, args.overrides))))
+    if args.html and (args.html.is_dir() or not args.html.parent.is_dir()):
+        raise UserError(f"--html: {args.html} is a folder, or lies in none: name a file")
+    plan = prepare(*configs.load(args.config, args.overrides))
+    text = describe(plan)
+    print(text)
+    if args.html:
+        gallery.write_text(args.html, report.page(f"Plan of {args.config}", text, plan.datasets))
     return 0
 
 

@@ -27,10 +27,11 @@ from jaxft import step as steps
 from jaxft.checkpoint import Checkpoints
 from jaxft.compiled import Programs
 from jaxft.config import Config
-from jaxft.data import latents, loader
+from jaxft.data import bucket_table, latents, loader
 from jaxft.data.loader import Dataset
 from jaxft.data.source import prompt
 from jaxft.errors import UserError
+from jaxft.gallery import write_text
 from jaxft.lock import lock
 from jaxft.log import RunLog
 from jaxft.models.vae import AutoencoderKL
@@ -41,7 +42,16 @@ from jaxft.shapes import TEXT_INPUTS
 from jaxft.signals import Stop
 from jaxft.step import Objective, TrainState, Weights
 
-UNSAVED = {".lock", "cfg.yaml", "plan.txt", "train.log", "metrics.jsonl", "tblog", "state"}
+UNSAVED = {
+    ".lock",
+    "cfg.yaml",
+    "plan.txt",
+    "buckets.json",
+    "train.log",
+    "metrics.jsonl",
+    "tblog",
+    "state",
+}
 """What a run leaves behind that ended before its first checkpoint."""
 
 REMAT = {True: "blocks", False: "none"}
@@ -129,19 +139,30 @@ def _latest(checkpoints: Checkpoints, folder: Path) -> int:
 
 
 def _write_records(folder: Path, plan: Plan, start: int) -> None:
-    """cfg.yaml, without what ties it to this folder, and plan.txt; those of before are kept."""
+    """cfg.yaml, without what ties it to this folder, plan.txt and buckets; old ones are kept."""
     recipe = plan.config.to_dict()
     del recipe["exp_dir"]
     recipe["train"]["resume"] = None
     texts = {
         "cfg.yaml": configs.to_yaml(recipe),
         "plan.txt": plans.describe(plan) + "\n",
+        bucket_table.FILE: _bucket_table(plan),
     }
     for name, text in texts.items():
         path = folder / name
-        if path.exists() and path.read_text("utf-8") != text:
-            path.rename(folder / f"{path.stem}-until-{start}{path.suffix}")
-        path.write_text(text, "utf-8")
+        old = path.read_text("utf-8") if path.exists() else text
+        if old != text:
+            write_text(folder / f"{path.stem}-until-{start}{path.suffix}", old)
+        write_text(path, text)
+
+
+def _bucket_table(plan: Plan) -> str:
+    entries = {}
+    for dataset in plan.datasets:
+        options = plan.config.data[dataset.name].bucket.to_dict()
+        sizes = [record.size for record in dataset.records]
+        entries[dataset.name] = bucket_table.entry(options, sizes, dataset.buckets)
+    return bucket_table.to_text(entries)
 
 
 def _cached(plan: Plan) -> Plan:

@@ -13,7 +13,7 @@ LAYERS = (
     {"builtin", "tensor_file"},
     {"arithmetic", "checkpoint", "cli", "compile_cache", "gallery", "lock", "log", "mesh"}
     | {"params", "patterns", "schema", "signals", "data", "models"},
-    {"low_rank"},
+    {"low_rank", "report"},
     {"diffusion", "foreign", "formats", "tuning"},
     {"compat", "config", "step"},
     {"compiled", "inspection", "merging", "pickled", "plan", "verify"},

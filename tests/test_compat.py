@@ -39,6 +39,20 @@ def test_a_short_name_means_the_same():
         assert built.sizes == [(256, 512)]
 
 
+def test_every_bucket_of_hcp_diffusion_is_there():
+    options = {"LongEdgeBucket.from_files": {"target_edge": 512}, "FixedBucket": {}}
+    areas = ("RatioBucket.from_files", "RatioBucket.from_ratios")
+    for name in (*areas, "SizeBucket.from_files", "RatioSizeBucket.from_files", *options):
+        for spelled in (name, f"bucket.{name}", f"hcpdiff.data.bucket.{name}"):
+            node = {"_target_": spelled, **options.get(name, {"num_bucket": 2})}
+            built = compat.build(node, "bucket", "w", sizes=SIZES, known=())
+            assert len(built.assignment) == len(SIZES)
+            assert built.scaled == (name != "SizeBucket.from_files")
+            if name in areas:
+                node["target_area"] = [256 * 256, 512 * 512]
+                assert len(compat.build(node, "bucket", "w", sizes=SIZES, known=()).sizes) >= 2
+
+
 def test_a_sampler_is_built_as_diffusers_writes_its_configuration(tmp_path: Path):
     options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     node = {"_target_": "diffusers.DDIMScheduler", **options}
@@ -62,6 +76,17 @@ def test_a_sampler_is_built_as_diffusers_writes_its_configuration(tmp_path: Path
             {"_target_": "FixedBucket", "taget_size": 3},
             "bucket",
             "w.taget_size: unknown option; did you mean target_size?",
+        ),
+        (
+            {"_target_": "from_files"},
+            "bucket",
+            "w._target_: from_files may be hcpdiff.data.bucket.",
+        ),
+        ({"_target_": "LongEdgeBucket.from_files"}, "bucket", "w: target_edge must be given"),
+        (
+            {"_target_": "RatioBucket.from_files", "target_area": [1, "x"]},
+            "bucket",
+            "w.target_area",
         ),
         ({"_target_": "FixedBucket", "sizes": []}, "bucket", "w.sizes: unknown option"),
         ({"_target_": "FixedBucket", "_args_": []}, "bucket", "w._args_: unknown option"),

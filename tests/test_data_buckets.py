@@ -6,8 +6,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
-from jaxft.data.buckets import BatchPlan, Buckets, fixed_bucket, ratio_buckets_from_files
+from jaxft.data.buckets import (
+    Buckets,
+    Size,
+    fit,
+    fixed_bucket,
+    long_edge_buckets_from_files,
+    ratio_buckets_from_files,
+    ratio_buckets_from_ratios,
+    ratio_size_buckets_from_files,
+    size_buckets_from_files,
+)
+from jaxft.data.images import crop_and_pad
 from jaxft.errors import UserError
+from tests.data_fixtures import photograph
 
 SIDES = st.integers(200, 4000)
 IMAGES = st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=40)
@@ -32,6 +44,143 @@ def test_buckets_are_hcp_diffusions(sizes, data, step):
     assert set(buckets.assignment.tolist()) == set(range(len(buckets.sizes)))
 
 
+def generated(count: int) -> list[Size]:
+    """Sizes as cameras, scanners and croppers leave them: some shapes often, others once."""
+    rng = np.random.default_rng(7)
+    usual = np.array([(3, 2), (2, 3), (4, 3), (3, 4), (1, 1), (16, 9), (9, 16)])
+    sides = usual[rng.integers(len(usual), size=count)] * rng.integers(60, 300, (count, 1))
+    odd = rng.random(count) < 0.5
+    sides[odd] = rng.integers(200, 4000, (odd.sum(), 2))
+    return [(width, height) for width, height in sides.tolist()]
+
+
+def trained(buckets: Buckets) -> list[Size]:
+    return [buckets.sizes[bucket] for bucket in buckets.assignment.tolist()]
+
+
+def original(centres: np.ndarray, labels: np.ndarray, step: int = 8) -> list[Size]:
+    """Each image's size, from KMeans' centres: the original's rounding."""
+    sizes = (np.round(centres / step) * step).astype(int)
+    return [tuple(sizes[label].tolist()) for label in labels]
+
+
+def from_ratios_and_areas(ratios: np.ndarray, areas: np.ndarray | float) -> np.ndarray:
+    heights = np.sqrt(areas / ratios)
+    return np.stack([heights * ratios, heights], axis=1)
+
+
+@pytest.mark.parametrize("num_bucket", [1, 5, 10])
+def test_500_images_have_the_clusters_and_sizes_of_hcp_diffusion(num_bucket):
+    sizes, area = generated(500), 512 * 768
+    buckets = ratio_buckets_from_files(sizes, target_area=area, step_size=8, num_bucket=num_bucket)
+    ratios = np.log2(np.array([w / h for w, h in sizes])).reshape(-1, 1)
+    model = KMeans(n_clusters=num_bucket, random_state=3407, tol=1e-3).fit(ratios)
+    centres = from_ratios_and_areas(2 ** model.cluster_centers_.reshape(-1), area)
+    assert trained(buckets) == original(centres, model.labels_)
+    clusters = Counter(model.labels_.tolist()).values()
+    assert sorted(np.bincount(buckets.assignment).tolist()) == sorted(clusters)
+
+
+def test_the_other_kinds_are_hcp_diffusions_too():
+    sizes = generated(500)
+    array = np.array(sizes)
+
+    def kmeans(features):
+        model = KMeans(n_clusters=6, random_state=3407).fit(features)
+        return model.cluster_centers_, model.labels_
+
+    ours = size_buckets_from_files(sizes, step_size=8, num_bucket=6)
+    assert trained(ours) == original(*kmeans(array))
+    assert not ours.scaled
+
+    areas = [min(w * h, 640 * 640) for w, h in sizes]
+    centres, labels = kmeans(np.log2([[w / h, a] for (w, h), a in zip(sizes, areas, strict=True)]))
+    wanted = from_ratios_and_areas(2 ** centres[:, 0], 2 ** centres[:, 1])
+    ours = ratio_size_buckets_from_files(sizes, step_size=8, num_bucket=6)
+    assert trained(ours) == original(wanted, labels)
+
+    scales = [768 / max(size) for size in sizes]
+    scaled = [(round(w * s), round(h * s)) for (w, h), s in zip(sizes, scales, strict=True)]
+    ours = long_edge_buckets_from_files(sizes, target_edge=768, step_size=8, num_bucket=6)
+    assert trained(ours) == original(*kmeans(np.array(scaled)))
+
+
+@pytest.mark.parametrize(("step", "num_bucket"), [(8, 10), (64, 7)])
+def test_buckets_from_ratios_are_hcp_diffusions(step, num_bucket):
+    sizes, area, ratio_max = generated(500), 512 * 512, 4
+    low = int(np.sqrt(area / ratio_max))
+    sides = range(low // step * step, int(ratio_max * low) // step * step + 1, step)
+    grid = sorted(((w, h) for w in sides for h in sides), key=lambda s: abs(s[0] * s[1] - area))
+    grid = np.array(grid[: 3 * num_bucket])
+    ratios = np.log2(grid[:, 0] / grid[:, 1])
+    labels = KMeans(n_clusters=num_bucket, random_state=3407).fit(ratios[:, None]).labels_
+    table = []
+    for label in range(num_bucket):
+        held = grid[labels == label]
+        of = np.log2(held[:, 0] / held[:, 1])
+        table.append(tuple(held[np.abs(of - np.median(of)).argmin()].tolist()))
+    wanted = [
+        min(table, key=lambda bucket: abs(np.log2(bucket[0] / bucket[1]) - np.log2(w / h)))
+        for w, h in sizes
+    ]
+    options = {"target_area": area, "step_size": step, "num_bucket": num_bucket}
+    assert trained(ratio_buckets_from_ratios(sizes, **options)) == wanted
+    few = ratio_buckets_from_ratios(sizes[:3], **options)  # they do not depend on the images
+    assert trained(few) == wanted[:3]
+
+
+def test_ratios_have_limits():
+    ratios = [
+        width / height
+        for width, height in ratio_buckets_from_ratios(
+            generated(300), target_area=512 * 512, num_bucket=5, ratio_min=0.5, ratio_max=1.5
+        ).sizes
+    ]
+    assert min(ratios) >= 0.5
+    assert max(ratios) <= 1.5
+
+
+@given(sizes=IMAGES, ratios=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_of_several_areas_an_image_gets_the_largest_that_it_fills(sizes, ratios):
+    areas = [1024 * 1024, 384 * 384, 640 * 640]
+    kind = ratio_buckets_from_ratios if ratios else ratio_buckets_from_files
+    options = {"step_size": 8, "num_bucket": 6 if ratios else min(len(sizes), 3)}
+    single = [trained(kind(sizes, target_area=area, **options)) for area in sorted(areas)]
+    for size, chosen, choices in zip(
+        sizes,
+        trained(kind(sizes, target_area=areas, **options)),
+        zip(*single, strict=True),
+        strict=True,
+    ):
+        filled = [c for c in choices if c[0] <= size[0] and c[1] <= size[1]]
+        assert chosen == (filled[-1] if filled else choices[0])
+
+
+@given(sizes=IMAGES)
+@settings(max_examples=30, deadline=None)
+def test_known_sizes_stay_and_each_image_gets_the_nearest(sizes):
+    """Nothing is fitted: more buckets than images are no error; a size is nearest to itself."""
+    known = [(512, 512), (384, 640), (640, 384)]
+    kinds = {
+        ratio_buckets_from_files: {"target_area": 500 * 500},
+        ratio_buckets_from_ratios: {"target_area": 500 * 500},
+        size_buckets_from_files: {},
+        ratio_size_buckets_from_files: {},
+        long_edge_buckets_from_files: {"target_edge": 640},
+    }
+    for kind, options in kinds.items():
+        buckets = kind(sizes + known, known=known, num_bucket=1000, **options)
+        assert set(buckets.sizes) <= set(known)
+        if kind is not long_edge_buckets_from_files:  # where squares are 640 × 640
+            assert trained(buckets)[-3:] == known
+    nearest = trained(ratio_buckets_from_files(sizes, known=known, target_area=500 * 500))
+    for (width, height), chosen in zip(sizes, nearest, strict=True):
+        ratio = np.log2(width / height)
+        apart = [abs(np.log2(w / h) - ratio) for w, h in known]
+        assert abs(np.log2(chosen[0] / chosen[1]) - ratio) == min(apart)
+
+
 def test_like_ratios_are_one_bucket():
     buckets = ratio_buckets_from_files([(100, 100)] * 5, target_area=512 * 512, num_bucket=5)
     assert buckets.sizes == [(512, 512)]
@@ -54,6 +203,33 @@ def test_options_that_give_no_bucket_are_named(options, key):
         ratio_buckets_from_files([(640, 480), (60000, 1), (512, 512)], **options)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "says"),
+    [
+        (ratio_buckets_from_files, {"target_area": []}, "target_area: an empty list"),
+        (ratio_buckets_from_files, {"target_area": [512 * 512, 3]}, "target_area: 3 must"),
+        (ratio_buckets_from_ratios, {"ratio_max": 0.5}, "ratio_max: 0.5"),
+        (ratio_buckets_from_ratios, {"ratio_min": 0}, "ratio_min"),
+        (ratio_buckets_from_ratios, {"ratio_min": 5.0}, "ratio_min"),
+        (ratio_buckets_from_ratios, {"num_bucket": 0}, "num_bucket: 0 buckets"),
+        (ratio_buckets_from_ratios, {"num_bucket": 500}, "num_bucket: 500 buckets"),
+        (size_buckets_from_files, {"num_bucket": 4}, "num_bucket: 4 buckets for 3 images"),
+        (size_buckets_from_files, {"num_bucket": 3}, "step_size: nothing is left.* 30x400"),
+        (size_buckets_from_files, {"step_size": 12}, "step_size: 12"),
+        (ratio_size_buckets_from_files, {"max_area": 5}, "max_area: 5"),
+        (long_edge_buckets_from_files, {"target_edge": 0}, "target_edge: 0"),
+        (
+            long_edge_buckets_from_files,
+            {"target_edge": 64, "num_bucket": 3},
+            "target_edge: nothing",
+        ),
+    ],
+)
+def test_the_other_kinds_name_their_options(kind, options, says):
+    with pytest.raises(UserError, match=says):
+        kind([(640, 480), (30, 400), (512, 512)], **options)
+
+
 def test_fixed_bucket():
     sizes = [(10, 20), (30, 40)]
     assert fixed_bucket(sizes).sizes == [(512, 512)]
@@ -64,98 +240,33 @@ def test_fixed_bucket():
             fixed_bucket(sizes, target_size=wrong)
 
 
-ASSIGNMENTS = st.lists(st.integers(0, 3), min_size=1, max_size=60)
+# What becomes of images ---------------------------------------------------------------------------
 
 
-def buckets_of(assignment) -> Buckets:
-    kept = sorted(set(assignment))
-    index = np.array([kept.index(a) for a in assignment])
-    return Buckets([(64, 64 + 8 * a) for a in kept], index)
+@given(sizes=IMAGES)
+@settings(max_examples=40, deadline=None)
+def test_what_is_cropped_and_what_is_padded_adds_up(sizes):
+    """Every pixel of the training image is of the image, scaled, or padding."""
+    fixed = fixed_bucket(sizes, target_size=[512, 768])
+    for buckets in (fixed, fixed._replace(scaled=False)):
+        fitted = fit(sizes, buckets)
+        kept = (1 - fitted.lost) * np.prod(sizes, axis=1) * fitted.scale**2
+        np.testing.assert_allclose(kept, (1 - fitted.padding) * 512 * 768, rtol=1e-9)
+        assert ((fitted.lost >= 0) & (fitted.lost < 1) & (fitted.padding >= 0)).all()
+    assert not fit(sizes, fixed).padding.any()
 
 
-@given(ASSIGNMENTS, st.integers(1, 9), st.integers(0, 5), st.sampled_from(["pad", "resample"]))
-@settings(max_examples=150, deadline=None)
-def test_every_image_comes_once_an_epoch(assignment, batch_size, epoch, tail):
-    buckets = buckets_of(assignment)
-    plan = BatchPlan(buckets, batch_size, seed=1, name="d", tail=tail)
-    counts = np.bincount(buckets.assignment)
-    assert plan.num_batches == sum(-(-count // batch_size) for count in counts)
-    first, seen = epoch * plan.num_batches, Counter()
-    for n in range(first, first + plan.num_batches):
-        batch = plan[n]
-        assert batch.epoch == epoch
-        assert batch.images.shape == batch.weights.shape == (batch_size,)
-        assert set(buckets.assignment[batch.images]) == {batch.bucket}
-        assert batch.weights.dtype == np.float32
-        seen.update(batch.images[batch.weights > 0].tolist())
-    if tail == "pad":
-        assert seen == Counter(range(len(assignment)))
-    else:
-        assert set(seen) == set(range(len(assignment)))
-        assert sum(seen.values()) == plan.num_batches * batch_size
+def test_a_portrait_loses_a_third_in_a_square():
+    fitted = fit([(1000, 1500), (256, 512)], fixed_bucket([(1, 1)] * 2))
+    np.testing.assert_allclose(fitted.scale, [0.512, 2])
+    np.testing.assert_allclose(fitted.lost, [1 / 3, 1 / 2])
 
 
-@given(ASSIGNMENTS, st.integers(1, 9))
-@settings(max_examples=100, deadline=None)
-def test_drop_keeps_full_batches_only(assignment, batch_size):
-    buckets = buckets_of(assignment)
-    full = sum(count // batch_size for count in np.bincount(buckets.assignment))
-    if full == 0:
-        with pytest.raises(UserError, match="batch_size"):
-            BatchPlan(buckets, batch_size, seed=0, name="d", tail="drop")
-        return
-    plan = BatchPlan(buckets, batch_size, seed=0, name="d", tail="drop")
-    images = np.concatenate([plan[n].images for n in range(plan.num_batches)])
-    assert len(set(images.tolist())) == len(images) == full * batch_size
-    assert all(plan[n].weights.all() for n in range(plan.num_batches))
-
-
-def stream(plan, ns):
-    return [(b.bucket, b.images.tolist(), b.weights.tolist()) for b in (plan[n] for n in ns)]
-
-
-@given(ASSIGNMENTS, st.permutations(range(30)))
-@settings(max_examples=50, deadline=None)
-def test_a_batch_follows_from_its_number_alone(assignment, order):
-    def plan():
-        return BatchPlan(buckets_of(assignment), 3, seed=5, name="d")
-
-    shuffled = stream(plan(), order)
-    forward = stream(plan(), range(30))
-    assert shuffled == [forward[n] for n in order]
-
-
-def test_seed_name_and_epoch_change_the_order():
-    buckets = fixed_bucket([(64, 64)] * 50)
-
-    def images(seed=0, name="d", epoch=0):
-        return BatchPlan(buckets, 50, seed=seed, name=name)[epoch].images.tolist()
-
-    orders = [images(), images(seed=1), images(name="e"), images(epoch=1), images(epoch=2)]
-    assert len({tuple(order) for order in orders}) == 5
-    assert images() == images()
-
-
-def test_the_order_of_a_bucket_does_not_depend_on_the_batch_size():
-    buckets = fixed_bucket([(64, 64)] * 24)
-
-    def order(size):
-        plan = BatchPlan(buckets, size, seed=0, name="d")
-        parts = {tuple(plan[n].images.tolist()) for n in range(plan.num_batches)}
-        whole = BatchPlan(buckets, 24, seed=0, name="d")[0].images.tolist()
-        return parts == {tuple(whole[i : i + size]) for i in range(0, 24, size)}
-
-    assert all(order(size) for size in (1, 2, 4, 8))
-
-
-def test_shuffles_are_fair():
-    """Every image is as often first as any other; 40 is 4 standard deviations of 100 draws."""
-    plan = BatchPlan(fixed_bucket([(64, 64)] * 10), 10, seed=0, name="d")
-    firsts = np.bincount([plan[epoch].images[0] for epoch in range(1000)], minlength=10)
-    assert abs(firsts - 100).max() < 40
-
-
-def test_the_order_is_the_same_for_ever():
-    """A run resumed under another version of NumPy goes on in the same order."""
-    plan = BatchPlan(fixed_bucket([(64, 64)] * 8), 8, seed=114514, name="dataset1")
-    assert plan[3].images.tolist() == [4, 6, 7, 2, 5, 1, 3, 0]
+@pytest.mark.parametrize("size", [(64, 64), (96, 48), (128, 128), (40, 200)])
+def test_unscaled_images_are_cropped_and_padded_as_by_pillow(size):
+    image = photograph(1, (96, 64))
+    left, top = (
+        max(given - wanted, 0) // 2 for given, wanted in zip(image.size, size, strict=True)
+    )
+    theirs = image.crop((left, top, left + size[0], top + size[1]))  # black beyond the image
+    np.testing.assert_array_equal(crop_and_pad(np.array(image), size), np.array(theirs))

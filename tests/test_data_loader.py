@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import random_model
 
-from jaxft.data import buckets, images, latents, loader, source
+from jaxft.data import batches, buckets, images, latents, loader, source
 from jaxft.data.tokens import Tokenizer
 from jaxft.errors import UserError
 from tests.data_fixtures import photo_folder
@@ -29,7 +29,7 @@ def parts(tmp_path_factory):
 
 def dataset(parts, batch_size=2, **options) -> loader.Dataset:
     records, shaped, tokenizer = parts
-    plan = buckets.BatchPlan(shaped, batch_size, seed=0, name="dataset1")
+    plan = batches.BatchPlan(shaped, batch_size, seed=0, name="dataset1")
     return loader.Dataset("dataset1", records, shaped, plan, [tokenizer], **options)
 
 

@@ -1,16 +1,21 @@
-"""Buckets: images of like shape share one size; and which images make up which batch.
+"""Buckets: images of like shape share one size.
 
-Sizes are (width, height) in pixels.
+Sizes are (width, height) in pixels. The kinds of buckets are HCP-Diffusion's, with its features
+and the seed of its KMeans; it rounds to multiples of 8, here 64 is the default (fewer shapes, and
+levels of the UNet that halve evenly). Centres that round to one size are one bucket. Which size an
+image gets follows from its own size and the set's, so equal sizes never part.
+
+Every kind takes `known`: sizes that are there already. Then nothing is fitted, and each image gets
+the nearest of them, as that kind measures.
 """
 
-import hashlib
+import math
 import warnings
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int, UInt
+from jaxtyping import Float, Int
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 
@@ -19,74 +24,171 @@ from jaxft.errors import UserError
 VAE_STRIDE = 8
 """Pixels to one latent, each way: sizes are multiples of it."""
 
-Tail = Literal["pad", "resample", "drop"]
+Size = tuple[int, int]
+Sizes = Int[np.ndarray, "n 2"]
+Points = Float[np.ndarray, "n f"]
 
 
 class Buckets(NamedTuple):
     """Sizes, and the index of each image's size."""
 
-    sizes: list[tuple[int, int]]
+    sizes: list[Size]
     assignment: Int[np.ndarray, " n"]
+    scaled: bool = True
+    """Whether an image is scaled to cover its size; else it keeps its pixels, is cropped where it
+    is larger and padded where it is smaller."""
 
 
 def ratio_buckets_from_files(
-    sizes: Sequence[tuple[int, int]],
+    sizes: Sequence[Size],
     *,
-    target_area: float = 640 * 640,
+    known: Sequence[Size] = (),
+    target_area: float | Sequence[float] = 640 * 640,
     step_size: int = 64,
     num_bucket: int = 10,
 ) -> Buckets:
-    """At most `num_bucket` sizes of about `target_area` pixels, fitted to the images' ratios.
+    """At most `num_bucket` aspect ratios, fitted to the images' own: KMeans on log2(width/height).
 
-    HCP-Diffusion's clustering: KMeans on log2(width / height), then each centre's size rounded to
-    multiples of `step_size` (there 8, here 64: fewer shapes, and levels of the UNet that halve
-    evenly). Centres that round to the same size are one bucket.
+    Each ratio has a size of about `target_area` pixels. Of several areas an image gets the largest
+    that it fills without being enlarged, else the smallest.
 
     Raises:
         UserError: more buckets than images, or options that give no usable size.
     """
-    if not 1 <= num_bucket <= len(sizes):
-        raise UserError(
-            f"num_bucket: {num_bucket} buckets for {len(sizes)} images; choose 1 to {len(sizes)}"
+    areas, images = _checked_areas(target_area, step_size), _array(sizes)
+    if known:
+        chosen = _nearest_ratios(images, _by_area(known, areas))
+    else:
+        centres, labels = _clusters(_log_ratios(images)[:, None], num_bucket, tol=1e-3)
+        ratios = 2.0 ** centres[:, 0]
+        chosen = _largest_filled(
+            images, [_sizes_of(ratios, area, step_size)[labels] for area in areas]
         )
-    if step_size < VAE_STRIDE or step_size % VAE_STRIDE:
-        raise UserError(f"step_size: {step_size} must be a multiple of {VAE_STRIDE}")
-    if not 32 * 32 <= target_area <= 4096 * 4096:
-        raise UserError(f"target_area: {target_area} must be a number of pixels, such as 512*512")
-    ratios = np.log2([width / height for width, height in sizes])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer ratios than buckets
-        clusters = KMeans(num_bucket, random_state=3407, tol=1e-3).fit(ratios[:, None])
-    centres = 2.0 ** clusters.cluster_centers_[:, 0]
-    rounded = [_rounded(ratio, target_area, step_size) for ratio in centres]
-    labels: list[int] = np.asarray(clusters.labels_).tolist()
-    kept = sorted({rounded[label] for label in labels})
-    assignment = np.array([kept.index(rounded[label]) for label in labels])
-    for bucket, size in enumerate(kept):
-        if min(size) < step_size:
-            members: list[int] = np.flatnonzero(assignment == bucket).tolist()
-            width, height = sizes[max(members, key=lambda image: abs(ratios[image]))]
-            raise UserError(
-                f"target_area: {target_area} pixels leave nothing of an image of {width}x{height} "
-                f"(step_size {step_size}): crop that image or raise target_area"
-            )
-    return Buckets(kept, assignment)
+    return _buckets(images, chosen, "target_area")
 
 
-def _rounded(ratio: float, area: float, step: int) -> tuple[int, int]:
-    """Width and height of a ratio, each to the nearest multiple of the step (half to even)."""
-    height = (area / ratio) ** 0.5
-    return round(height * ratio / step) * step, round(height / step) * step
+def ratio_buckets_from_ratios(
+    sizes: Sequence[Size],
+    *,
+    known: Sequence[Size] = (),
+    target_area: float | Sequence[float] = 640 * 640,
+    step_size: int = 64,
+    num_bucket: int = 10,
+    ratio_max: float = 4.0,
+    ratio_min: float | None = None,
+) -> Buckets:
+    """`num_bucket` sizes that do not depend on the images; each gets that of the nearest log-ratio.
+
+    Of all sizes in steps of `step_size` those of about `target_area` pixels are clustered by ratio.
+    Ratios (width/height) go from `ratio_min` to `ratio_max`; without `ratio_min` from 1/ratio_max,
+    a step more or less. Several areas as in `ratio_buckets_from_files`.
+
+    Raises:
+        UserError: options that give too few sizes.
+    """
+    areas, images = _checked_areas(target_area, step_size), _array(sizes)
+    least = ratio_max if ratio_min is None else ratio_min
+    if not (1 <= ratio_max < math.inf and 0 < least <= ratio_max):
+        raise UserError(
+            f"ratio_max: {ratio_max} must be at least 1, and ratio_min ({ratio_min}) between 0 and "
+            "ratio_max"
+        )
+    tables = (
+        _by_area(known, areas)
+        if known
+        else [_grid_sizes(area, step_size, num_bucket, ratio_max, ratio_min) for area in areas]
+    )
+    return _buckets(images, _nearest_ratios(images, tables), "target_area")
+
+
+def size_buckets_from_files(
+    sizes: Sequence[Size],
+    *,
+    known: Sequence[Size] = (),
+    step_size: int = 64,
+    num_bucket: int = 10,
+) -> Buckets:
+    """At most `num_bucket` sizes, fitted to the images' own; images are not scaled.
+
+    Raises:
+        UserError: more buckets than images, or images smaller than half a step.
+    """
+    _check_step(step_size)
+    images = _array(sizes)
+
+    def rounded(centres: Points) -> Sizes:
+        return _multiples(centres, step_size)
+
+    chosen = _fitted(images, known, lambda of: of.astype(float), rounded, num_bucket)
+    return _buckets(images, chosen, "step_size", scaled=False)
+
+
+def ratio_size_buckets_from_files(
+    sizes: Sequence[Size],
+    *,
+    known: Sequence[Size] = (),
+    max_area: float = 640 * 640,
+    step_size: int = 64,
+    num_bucket: int = 10,
+) -> Buckets:
+    """At most `num_bucket` sizes, fitted to the images' ratios and areas, these up to `max_area`.
+
+    Raises:
+        UserError: more buckets than images, or options that give no usable size.
+    """
+    _check_step(step_size)
+    _check_area("max_area", max_area)
+    images = _array(sizes)
+
+    def features(of: Sizes) -> Points:
+        areas = np.minimum(of.prod(axis=1), max_area)
+        return np.stack([_log_ratios(of), np.log2(areas)], axis=1)
+
+    def rounded(centres: Points) -> Sizes:
+        return _sizes_of(2.0 ** centres[:, 0], 2.0 ** centres[:, 1], step_size)
+
+    return _buckets(images, _fitted(images, known, features, rounded, num_bucket), "max_area")
+
+
+def long_edge_buckets_from_files(
+    sizes: Sequence[Size],
+    *,
+    target_edge: int,
+    known: Sequence[Size] = (),
+    step_size: int = 64,
+    num_bucket: int = 10,
+) -> Buckets:
+    """At most `num_bucket` sizes, fitted to the images scaled to a long edge of `target_edge`.
+
+    Raises:
+        UserError: more buckets than images, or options that give no usable size.
+    """
+    _check_step(step_size)
+    if not VAE_STRIDE <= target_edge <= 8192:
+        raise UserError(f"target_edge: {target_edge} must be pixels, from {VAE_STRIDE} to 8192")
+    images = _array(sizes)
+
+    def features(of: Sizes) -> Points:
+        return np.round(of * (target_edge / of.max(axis=1, keepdims=True)))
+
+    def rounded(centres: Points) -> Sizes:
+        return _multiples(centres, step_size)
+
+    return _buckets(images, _fitted(images, known, features, rounded, num_bucket), "target_edge")
 
 
 def fixed_bucket(
-    sizes: Sequence[tuple[int, int]], *, target_size: int | Sequence[int] = 512
+    sizes: Sequence[Size],
+    *,
+    known: Sequence[Size] = (),
+    target_size: int | Sequence[int] = 512,
 ) -> Buckets:
-    """One size, a side or (width, height), for all images.
+    """One size, a side or (width, height), for all images; `known` can only be the same.
 
     Raises:
         UserError: not one or two multiples of 8 from 8 to 8192.
     """
+    del known
     pair = [target_size] * 2 if isinstance(target_size, int) else list(target_size)
     if len(pair) != 2 or any(side not in range(VAE_STRIDE, 8193, VAE_STRIDE) for side in pair):
         raise UserError(
@@ -96,90 +198,158 @@ def fixed_bucket(
     return Buckets([(int(pair[0]), int(pair[1]))], np.zeros(len(sizes), dtype=int))
 
 
-# Batches ----------------------------------------------------------------------------------------
+# Options, clusters, sizes -----------------------------------------------------------------------
 
 
-class Batch(NamedTuple):
-    """The images of one batch; all have the size of one bucket."""
-
-    epoch: int
-    bucket: int
-    images: Int[np.ndarray, " b"]
-    weights: Float[np.ndarray, " b"]
-    """1, or 0 for an image that fills up the last batch of its bucket."""
+def _check_step(step: int) -> None:
+    if step < VAE_STRIDE or step % VAE_STRIDE:
+        raise UserError(f"step_size: {step} must be a multiple of {VAE_STRIDE}")
 
 
-class BatchPlan:
-    """Which images make up batch n: a pure function of n, the seed and the data set's name.
-
-    Each image comes once an epoch. What is left of a bucket in its last batch is filled up with
-    images of weight 0 (`pad`), filled up with images drawn again (`resample`, as HCP-Diffusion
-    does) or left out of this epoch (`drop`). The order within a bucket does not depend on the
-    batch size.
-    """
-
-    def __init__(
-        self, buckets: Buckets, batch_size: int, *, seed: int, name: str, tail: Tail = "pad"
-    ):
-        if batch_size < 1:
-            raise UserError(f"batch_size: {batch_size} must be at least 1")
-        if tail not in ("pad", "resample", "drop"):
-            raise UserError(f"tail: {tail!r} is not one of pad, resample, drop")
-        self.batch_size, self.seed, self.name, self.tail = batch_size, seed, name, tail
-        self._members = [
-            np.flatnonzero(buckets.assignment == bucket) for bucket in range(len(buckets.sizes))
-        ]
-        counts = [
-            len(members) // batch_size if tail == "drop" else -(-len(members) // batch_size)
-            for members in self._members
-        ]
-        self.batches_of_bucket: tuple[int, ...] = tuple(counts)
-        """Batches an epoch, for each bucket."""
-        self._ends = np.cumsum(counts)  # slots of an epoch: the batches of bucket 0, of 1, …
-        self.num_batches = int(self._ends[-1])
-        """Batches an epoch."""
-        if not self.num_batches:
-            raise UserError(
-                f"batch_size: {batch_size} is more than any bucket's images, and tail: drop "
-                "leaves nothing; choose a smaller batch or tail: pad"
-            )
-        # Neighbouring batches ask for the same epoch, from several threads.
-        self._epoch = lru_cache(maxsize=4)(self._shuffled)
-
-    def __getitem__(self, n: int) -> Batch:
-        epoch, index = divmod(n, self.num_batches)
-        slots, orders = self._epoch(epoch)
-        slot = slots[index]
-        bucket = int(np.searchsorted(self._ends, slot, side="right"))
-        part = slot - self._ends[bucket] + self.batches_of_bucket[bucket]
-        order, size = orders[bucket], self.batch_size
-        images = order[part * size : (part + 1) * size]
-        weights = np.ones(size, np.float32)
-        missing = size - len(images)
-        if missing:
-            draws = _raw(self.seed, self.name, epoch, f"tail {bucket}", missing)
-            images = np.concatenate([images, order[draws % len(order)]])
-            weights[size - missing :] = self.tail == "resample"
-        return Batch(epoch, bucket, images, weights)
-
-    def pick(self, epoch: int, image: int) -> int:
-        """A number for this image in this epoch: which line of its prompt template to take."""
-        return int(_raw(self.seed, self.name, epoch, f"prompt {image}", 1)[0])
-
-    def _shuffled(self, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The order of the epoch's batches, and of each bucket's images."""
-        slots = _permutation(self.seed, self.name, epoch, "batches", self.num_batches)
-        return slots, [
-            members[_permutation(self.seed, self.name, epoch, f"bucket {i}", len(members))]
-            for i, members in enumerate(self._members)
-        ]
+def _check_area(option: str, area: float) -> None:
+    if not 32 * 32 <= area <= 4096 * 4096:
+        raise UserError(f"{option}: {area} must be a number of pixels, such as 512*512")
 
 
-def _raw(seed: int, name: str, epoch: int, use: str, count: int) -> UInt[np.ndarray, " count"]:
-    """Random 64-bit numbers, the same for ever: NumPy fixes bit generators, not its shuffles."""
-    digest = hashlib.sha256(f"{seed}\n{name}\n{epoch}\n{use}".encode()).digest()
-    return np.random.Philox(key=np.frombuffer(digest[:16], "<u8")).random_raw(count)
+def _checked_areas(target_area: float | Sequence[float], step: int) -> list[float]:
+    """The areas, from small to large."""
+    _check_step(step)
+    areas = [target_area] if isinstance(target_area, int | float) else sorted(set(target_area))
+    if not areas:
+        raise UserError("target_area: an empty list; name at least one area, such as 512*512")
+    for area in areas:
+        _check_area("target_area", area)
+    return areas
 
 
-def _permutation(seed: int, name: str, epoch: int, use: str, count: int) -> np.ndarray:
-    return np.argsort(_raw(seed, name, epoch, use, count), kind="stable")
+def _array(sizes: Sequence[Size]) -> Sizes:
+    return np.array(sizes, dtype=int).reshape(-1, 2)
+
+
+def _log_ratios(sizes: Sizes) -> Float[np.ndarray, " n"]:
+    return np.log2(sizes[:, 0] / sizes[:, 1])
+
+
+def _clusters(
+    points: Points, num_bucket: int, *, tol: float = 1e-4
+) -> tuple[Points, Int[np.ndarray, " n"]]:
+    """Centres, and each point's."""
+    if not 1 <= num_bucket <= len(points):
+        raise UserError(
+            f"num_bucket: {num_bucket} buckets for {len(points)} images; choose 1 to {len(points)}"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer shapes than buckets
+        fitted = KMeans(num_bucket, random_state=3407, tol=tol).fit(points)
+    return fitted.cluster_centers_, np.asarray(fitted.labels_)
+
+
+def _fitted(
+    images: Sizes,
+    known: Sequence[Size],
+    features: Callable[[Sizes], Points],
+    sizes_of: Callable[[Points], Sizes],
+    num_bucket: int,
+) -> Sizes:
+    """Each image's size, by clusters of features or by the nearest features of known sizes."""
+    if not known:
+        centres, labels = _clusters(features(images), num_bucket)
+        return sizes_of(centres)[labels]
+    table = _array(known)
+    apart = features(images)[:, None] - features(table)
+    return table[(apart**2).sum(axis=2).argmin(axis=1)]
+
+
+def _multiples(sides: Points, step: int) -> Sizes:
+    """Sides to the nearest multiples of the step, half to even."""
+    return (np.round(sides / step) * step).astype(int)
+
+
+def _sizes_of(ratios: Float[np.ndarray, " k"], areas: Any, step: int) -> Sizes:
+    """Sizes of ratios at areas, one or one for each."""
+    heights = np.sqrt(areas / ratios)
+    return _multiples(np.stack([heights * ratios, heights], axis=1), step)
+
+
+def _grid_sizes(
+    area: float, step: int, count: int, ratio_max: float, ratio_min: float | None
+) -> Sizes:
+    """`count` sizes of different ratios: of the 3 · count nearest to the area, the median ones."""
+    extreme = max(ratio_max, 1 / ratio_min) if ratio_min else ratio_max
+    low = int(math.sqrt(area / extreme))
+    high = int(extreme * low)
+    sides = range(max(low // step, 1) * step, high // step * step + 1, step)
+    grid = _array([(width, height) for width in sides for height in sides])
+    if ratio_min is not None:
+        ratios = grid[:, 0] / grid[:, 1]
+        grid = grid[(ratio_min <= ratios) & (ratios <= ratio_max)]
+    if not 1 <= count <= len(grid):
+        raise UserError(
+            f"num_bucket: {count} buckets, and {len(grid)} sizes near {area:g} pixels in steps of "
+            f"{step}; choose fewer buckets, other ratios or a smaller step_size"
+        )
+    nearest = np.argsort(np.abs(grid.prod(axis=1) - area), kind="stable")
+    grid = grid[nearest[: 3 * count]]
+    ratios = _log_ratios(grid)
+    _, labels = _clusters(ratios[:, None], count)
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    return grid[[m[np.abs(ratios[m] - np.median(ratios[m])).argmin()] for m in members]]
+
+
+def _by_area(known: Sequence[Size], areas: Sequence[float]) -> list[Sizes]:
+    """Known sizes, those of each area together; an area that none is near has no table."""
+    table = _array(known)
+    apart = np.abs(np.log2(table.prod(axis=1))[:, None] - np.log2(areas))
+    groups = [table[apart.argmin(axis=1) == index] for index in range(len(areas))]
+    return [group for group in groups if len(group)]
+
+
+def _nearest_ratios(images: Sizes, tables: Sequence[Sizes]) -> Sizes:
+    """Each image's size in that of the tables, from small to large areas, whose area it fills."""
+    apart = [np.abs(_log_ratios(table) - _log_ratios(images)[:, None]) for table in tables]
+    nearest = [table[a.argmin(axis=1)] for table, a in zip(tables, apart, strict=True)]
+    return _largest_filled(images, nearest)
+
+
+def _largest_filled(images: Sizes, choices: Sequence[Sizes]) -> Sizes:
+    """Of each image's choices, from small to large, the last that is not larger than it."""
+    chosen = choices[0]
+    for choice in choices[1:]:
+        chosen = np.where((choice <= images).all(axis=1, keepdims=True), choice, chosen)
+    return chosen
+
+
+def _buckets(images: Sizes, chosen: Sizes, option: str, *, scaled: bool = True) -> Buckets:
+    """Buckets of each image's size; equal images have one, whatever KMeans' rounding says."""
+    _, first, same = np.unique(images, axis=0, return_index=True, return_inverse=True)
+    chosen = chosen[first][same.reshape(-1)]
+    empty = np.flatnonzero(chosen.min(axis=1) < VAE_STRIDE)
+    if empty.size:
+        worst = max(empty.tolist(), key=lambda image: abs(_log_ratios(images[[image]])[0]))
+        width, height = images[worst].tolist()
+        raise UserError(
+            f"{option}: nothing is left of an image of {width}x{height} when its sides are "
+            f"rounded to step_size; crop or remove that image, or change {option}"
+        )
+    kept, assignment = np.unique(chosen, axis=0, return_inverse=True)
+    return Buckets([(w, h) for w, h in kept.tolist()], assignment.reshape(-1), scaled)
+
+
+class Fit(NamedTuple):
+    """What becomes of each image at the size of its bucket."""
+
+    scale: Float[np.ndarray, " n"]
+    """By which its sides are multiplied."""
+    lost: Float[np.ndarray, " n"]
+    """The share of it that is cropped away, 0 to 1."""
+    padding: Float[np.ndarray, " n"]
+    """The share of the training image that is padding."""
+
+
+def fit(sizes: Sequence[Size], buckets: Buckets) -> Fit:
+    """How well the buckets fit the images."""
+    images, wanted = _array(sizes), _array(buckets.sizes)[buckets.assignment]
+    scale = (wanted / images).max(axis=1) if buckets.scaled else np.ones(len(images))
+    kept = np.minimum(wanted / scale[:, None], images).prod(axis=1)  # in the image's own pixels
+    padding = 1 - kept * scale**2 / wanted.prod(axis=1)
+    return Fit(scale, 1 - kept / images.prod(axis=1), padding.clip(0))

@@ -84,3 +84,14 @@ def resize_and_crop(
     filter_ = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
     box = (left, top, left + kept_width, top + kept_height)
     return np.asarray(Image.fromarray(image).resize(size, filter_, box=box))
+
+
+def crop_and_pad(
+    image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]
+) -> UInt8[np.ndarray, "H W 3"]:
+    """The centre of the image at `size` (width, height), not scaled; black right and below where
+    the image is smaller."""
+    width, height = size
+    top, left = max(image.shape[0] - height, 0) // 2, max(image.shape[1] - width, 0) // 2
+    kept = image[top : top + height, left : left + width]
+    return np.pad(kept, ((0, height - kept.shape[0]), (0, width - kept.shape[1]), (0, 0)))

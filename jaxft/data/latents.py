@@ -13,14 +13,15 @@ from jaxft.data.source import Record, pixels
 from jaxft.errors import UserError
 
 Size = tuple[int, int]
-Key = tuple[str, Size, tuple[int, int, int]]
+Key = tuple[str, Size, tuple[int, int, int], bool]
 Store = Mapping[Key, Float[np.ndarray, "h w 8"]]
 """Mean and log variance of an image's latent by `key`."""
 
 
 def key(record: Record, size: Size) -> Key:
-    """What the moments depend on: the file's content, the size it is cropped to, the background."""
-    return record.digest, size, record.bg_color
+    """What the moments depend on: the file's content, the size it is cropped to, the background,
+    whether it is scaled."""
+    return record.digest, size, record.bg_color, record.scaled
 
 
 def cache(

@@ -13,7 +13,8 @@ import grain
 import numpy as np
 
 from jaxft.data import captions, latents, source
-from jaxft.data.buckets import BatchPlan, Buckets
+from jaxft.data.batches import BatchPlan
+from jaxft.data.buckets import Buckets
 from jaxft.data.tokens import Tokenizer
 from jaxft.shapes import TEXT_INPUTS
 
@@ -99,14 +100,14 @@ class Dataset:
         }
         batch["weight"] = drawn.weights[rows]
         if self.with_sizes:
-            batch["time_ids"] = np.stack([time_ids(record.size, size) for record in records])
+            batch["time_ids"] = np.stack([time_ids(r.size, size, r.scaled) for r in records])
         if self.moments is not None:
             entries = [self.moments[latents.key(record, size)] for record in records]
             return batch | {"moments": np.stack(entries)}
         return batch | {"pixel_values": np.stack([source.pixels(r, size) for r in records])}
 
 
-def time_ids(original: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+def time_ids(original: tuple[int, int], size: tuple[int, int], scaled: bool = True) -> np.ndarray:
     """What Stable Diffusion XL is told of an image, float32 [6], in pixels.
 
     Original height and width, top and left of the crop in the scaled image, height and width of
@@ -115,8 +116,10 @@ def time_ids(original: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
     Args:
         original: width and height of the file's image.
         size: width and height that it is scaled to cover, and cropped to.
+        scaled: or only cropped, where this is False.
     """
-    scale = max(wanted / given for wanted, given in zip(size, original, strict=True))
+    ratios = [wanted / given for wanted, given in zip(size, original, strict=True)]
+    scale = max(ratios) if scaled else 1
     left, top = (
         round(max(scale * given - wanted, 0) / 2)
         for wanted, given in zip(size, original, strict=True)

@@ -32,6 +32,8 @@ class Record(NamedTuple):
     templates: tuple[str, ...]
     word_names: Mapping[str, str]
     bg_color: tuple[int, int, int]
+    scaled: bool = True
+    """Whether it is scaled to cover the size of its bucket; else it is cropped and padded."""
 
 
 class Source(NamedTuple):
@@ -99,7 +101,7 @@ def index(
 
 
 def pixels(record: Record, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
-    """The record's image, scaled to cover `size` (width, height) and cropped at its centre.
+    """The record's image at `size` (width, height): scaled to cover it, or as it is, and cropped.
 
     Raises:
         UserError: the file is gone, or another than when it was indexed.
@@ -110,7 +112,8 @@ def pixels(record: Record, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
         raise UserError(f"{record.path}: {error} (it was there when this run began)") from None
     if hashlib.sha256(data).hexdigest() != record.digest:
         raise UserError(f"{record.path} has changed since this run began: start it again")
-    return images.resize_and_crop(images.read(data, record.bg_color), size)
+    fit = images.resize_and_crop if record.scaled else images.crop_and_pad
+    return fit(images.read(data, record.bg_color), size)
 
 
 def prompt(record: Record, pick: int) -> str:
