@@ -76,9 +76,17 @@ _COMPONENT = "the model's own is used"
 _MERGED = "only `part` and `lora` are merged"
 
 REFUSED: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
-    "text_encoder": (_NOTHING, "only layers of the UNet are trained"),
-    "lora_unet": (_NOTHING, "there is no LoRA; `unet:` trains the same layers in full"),
-    "lora_text_encoder": (_NOTHING, "there is no LoRA, and only layers of the UNet are trained"),
+    **{
+        f"{groups}.*.{key}": (_one_of(*harmless), reason)
+        for groups in ("lora_unet", "lora_text_encoder")
+        for key, (harmless, reason) in {
+            "bias": ((False,), "the files of LoRAs have no biases; `unet:` trains them"),
+            "svd_init": ((False,), "a LoRA begins at nothing: `up` is zero"),
+            "alpha_auto_scale": ((True,), "alpha is divided by the rank"),
+            "type": (("lora", None), "a LoRA is a plain one"),
+            "branch": ((None,), "a LoRA has one branch"),
+        }.items()
+    },
     "plugin_unet": (_NOTHING, "no ControlNet or other plugins"),
     "plugin_TE": (_NOTHING, "no plugins"),
     "tokenizer_pt.train": (_NOTHING, "words are not trained"),

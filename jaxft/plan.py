@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxft import cli, compat, gallery, params, report
+from jaxft import cli, compat, gallery, params, report, selection
 from jaxft import config as configs
 from jaxft import mesh as meshes
 from jaxft.config import Config
@@ -24,8 +25,9 @@ from jaxft.data.tokens import Tokenizer
 from jaxft.diffusion import schedule
 from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder, single_file
+from jaxft.selection import Selection
 from jaxft.tuning import optimizers, schedules
-from jaxft.tuning.groups import Group, Labels, assign
+from jaxft.tuning.groups import Group
 
 COMPUTE = {"bf16": "bfloat16", "no": "float32"}
 """`mixed_precision` -> the dtype of activations; weights and moments are float32 always."""
@@ -38,8 +40,7 @@ class Plan(NamedTuple):
     model: diffusers_folder.Model
     noising: schedule.NoiseSchedule
     mesh: Mesh
-    groups: list[Group]
-    labels: Labels
+    selection: Selection
     rates: dict[str, schedules.Rate]
     """Of each group, in updates made."""
     optimizer: optax.GradientTransformation
@@ -76,15 +77,10 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
         options.pretrained_model_name_or_path, revision=options.revision, variant=options.variant
     )
     diffusers_folder.check_text_to_image(model)
-    factor = _rate_factor(config, mesh.size)
-    named = [
-        Group(f"unet.{name}", "unet", group.layers, group.lr * factor)
-        for name, group in config.unet.items()
-    ]
-    assignment = assign(named, {"unet": model.parts["unet"].params})
+    selected = selection.select(config, model, _rate_factor(config, mesh.size))
     datasets, told = _datasets(config, model, mesh.size)
     total_steps = _total_steps(config.train, datasets[0].num_batches)
-    rates = _rates(config.train.scheduler, named, total_steps)
+    rates = _rates(config.train.scheduler, selected.groups, total_steps)
     transforms = {
         name: compat.build(
             config.train.optimizer, "optimizer", "train.optimizer", learning_rate=rate
@@ -96,13 +92,12 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
         model,
         schedule.from_config(model.scheduler, str(model.folder / "scheduler_config.json")),
         mesh,
-        named,
-        assignment.labels,
+        selected,
         rates,
-        optimizers.grouped(assignment.labels, transforms, config.train.max_grad_norm),
+        optimizers.grouped(selected.labels, transforms, config.train.max_grad_norm),
         datasets,
         total_steps,
-        [*notices, *opened, *assignment.notices, *told],
+        [*notices, *opened, *selected.notices, *told],
     )
 
 
@@ -230,7 +225,7 @@ def describe(plan: Plan) -> str:
     blocks = [
         ("model", [f"{plan.model.folder} ({plan.noising.prediction_type})"]),
         ("devices", [f"{devices} ({layout}), computing in {COMPUTE[config.mixed_precision]}"]),
-        ("train", [_group_line(plan, group) for group in plan.groups]),
+        ("train", [_group_line(plan, group) for group in plan.selection.groups]),
         ("data", [line for dataset in plan.datasets for line in _dataset_lines(dataset)]),
         (
             "steps",
@@ -250,14 +245,37 @@ def describe(plan: Plan) -> str:
 
 
 def _group_line(plan: Plan, group: Group) -> str:
-    unet = plan.model.parts["unet"].params
-    names = [name for name, label in plan.labels["unet"].items() if label == group.name]
-    weights = params.count({name: unet[name] for name in names})
-    total = params.count(unet)
+    chosen, parts = plan.selection, plan.model.parts
+    own = [
+        np.prod(parts[network].params[name].shape)
+        for network, labels in chosen.labels.items()
+        for name, label in labels.items()
+        if label == group.name and network in parts
+    ]
+    low = [
+        adapter
+        for adapters in chosen.adapters.values()
+        for layer in adapters.values()
+        for adapter in layer
+        if adapter.group == group.name
+    ]
+    networks = [part.params for name, part in parts.items() if name.startswith(group.network)]
+    total = sum(map(params.count, networks))
+    weights = int(sum(own)) + sum(adapter.count for adapter in low)
+    tensors = f"{len(own)} tensors"
+    if low:
+        ranks, scales = ({getattr(one, what) for one in low} for what in ("rank", "scale"))
+        tensors = (
+            f"LoRAs of {len(low)} layers, rank {_span(ranks)}, scale {_span(scales)} (alpha / rank)"
+        )
     return (
         f"{group.name:10}{weights:>13,} weights ({100 * weights / total:.1f} %) in "
-        f"{len(names)} tensors, rate {group.lr:.3g}, layers {', '.join(map(repr, group.layers))}"
+        f"{tensors}, rate {group.lr:.3g}, layers {', '.join(map(repr, group.layers))}"
     )
+
+
+def _span(values: set[float]) -> str:
+    return " to ".join(f"{value:g}" for value in dict.fromkeys((min(values), max(values))))
 
 
 def _dataset_lines(dataset: Dataset) -> list[str]:

@@ -2,19 +2,26 @@
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-import jax
 import numpy as np
 
+from jaxft import low_rank, selection
 from jaxft.compiled import Metrics
 from jaxft.errors import UserError
-from jaxft.formats import diffusers_folder, hcp, modelspec, webui
+from jaxft.formats import diffusers_folder, hcp, lora, modelspec, webui
+from jaxft.formats.diffusers_folder import Model
 from jaxft.log import RunLog
 from jaxft.plan import Plan
-from jaxft.shapes import Params
+
+Trained = Mapping[str, Mapping[str, Any]]
+"""What was trained, on the host: network -> weights, `lora_<network>` -> factors."""
+
+Kinds = dict[str, dict[str, Any]]
+"""What a part file holds: kind (`base`, `lora`) -> name -> array."""
 
 IN_FLIGHT = 2
 """Steps whose numbers are not waited for."""
@@ -74,20 +81,34 @@ class Numbers:
         self._logged = step
 
 
+def parts_of(plan: Plan, trained: Trained) -> dict[str, Kinds]:
+    """File (`unet`, `text_encoder`) -> what HCP-Diffusion has in it."""
+    full = {network: trained[network] for network in trained if network in plan.model.parts}
+    kinds = {"base": full, "lora": lora.hcp_names(selection.lora(plan.selection, trained))}
+    files: dict[str, Kinds] = {}
+    for kind, networks in kinds.items():
+        for file, named in hcp.by_file(networks, plan.model.family.is_xl).items():
+            files.setdefault(file, {})[kind] = named
+    return files
+
+
 class Parts:
-    """Part files of a run, `unet-<step>.safetensors`, written in the background."""
+    """Part files of a run, as `unet-<step>.safetensors`, written in the background."""
 
     def __init__(self, folder: Path, dtype: str):
         self._folder, self._dtype = folder, dtype
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="parts")
         self._writing: Future[None] | None = None
 
-    def write(self, step: int, weights: Params) -> None:
-        """Starts to write; returns when the weights are copied. Waits for the file before it."""
+    def write(self, step: int, files: Mapping[str, Kinds]) -> None:
+        """Starts to write `<file>-<step>.safetensors`; waits for those before."""
         self._wait()
-        host = jax.device_get(weights)
-        path = self._folder / f"unet-{step}.safetensors"
-        self._writing = self._thread.submit(hcp.write_part, path, host, self._dtype)
+
+        def run() -> None:
+            for name, kinds in files.items():
+                hcp.write(self._folder / f"{name}-{step}.safetensors", kinds, self._dtype)
+
+        self._writing = self._thread.submit(run)
 
     def close(self) -> None:
         """Returns when the last file is written."""
@@ -103,13 +124,30 @@ class Parts:
             raise UserError(f"{self._folder}: the weights were not written: {error}") from error
 
 
-def export(plan: Plan, trained: Params, folder: Path) -> Iterator[Path]:
-    """Writes the finished model to `folder/export`, in the formats that the configuration names."""
+def merged(plan: Plan, trained: Trained) -> Model:
+    """The finished model: the base with what was trained."""
+    factors = selection.lora(plan.selection, trained)
+    parts = {}
+    for network, component in plan.model.parts.items():
+        if network in trained or network in factors:
+            weights = component.params | trained.get(network, {})
+            weights = low_rank.merge(weights, factors.get(network, {}))
+            parts[network] = component._replace(params=weights)
+    return plan.model.replace(**parts)
+
+
+def export(plan: Plan, trained: Trained, folder: Path) -> Iterator[Path]:
+    """Writes the finished model to `folder/export`, in the formats that the configuration names,
+    and the LoRA, if one was trained."""
     formats = plan.config.export or {}
-    weights = plan.model.parts["unet"].params | jax.device_get(trained)
-    unet = plan.model.parts["unet"]._replace(params=weights)
-    model = plan.model.replace(unet=unet)
     target = folder / "export" / folder.name
+    factors = selection.lora(plan.selection, trained)
+    if factors and formats.get("lora"):
+        file = target.with_name(f"{target.name}-lora.safetensors")
+        configs, texts = plan.model.configs, described(plan)
+        lora.write_kohya(file, factors, configs, formats["lora"], texts)
+        yield file
+    model = merged(plan, trained)
     if formats.get("webui"):
         file = target.with_name(f"{target.name}.safetensors")
         webui.write(file, model, formats["webui"], described(plan))
@@ -129,9 +167,10 @@ def described(plan: Plan) -> dict[str, str]:
         for name, word in record.word_names.items()
         if word and name.startswith("pt")
     }
+    rates = {group.network: group.lr for group in reversed(plan.selection.groups)}
     settings = {
         "output_name": Path(config.exp_dir).name,
-        "unet_lr": next(iter(config.unet.values())).lr,
+        **{f"{network}_lr": rate for network, rate in rates.items()},
         "optimizer": train.optimizer["_target_"],
         "lr_scheduler": train.scheduler.name,
         "lr_warmup_steps": train.scheduler.num_warmup_steps,

@@ -155,7 +155,7 @@ def load_model(config: Config) -> Model:
     Raises:
         UserError: a file of model, parts or components is missing or does not fit.
     """
-    _check_part_path(config)
+    _check_paths(config)
     model, told = single_file.open_model(
         config.pretrained_model, revision=config.revision, variant=config.variant
     )
@@ -183,13 +183,16 @@ def _groups(config: Config) -> list[Config]:
     return [group for name, group in config.merge.items() if name != "load_ema"]
 
 
-def _check_part_path(config: Config) -> None:
-    """Raises UserError where `part_path` is given to a configuration that does not merge it."""
-    merged = {part.path for group in _groups(config) for part in group.part.values()}
-    if config.part_path and config.part_path not in merged:
-        raise UserError(
-            "part_path: this configuration merges no part; use --config configs/infer/t2i_part.yaml"
-        )
+def _check_paths(config: Config) -> None:
+    """Raises UserError where a file is given to a configuration that does not merge it."""
+    for kind in ("part", "lora"):
+        path = config[f"{kind}_path"]
+        merged = {item.path for group in _groups(config) for item in group[kind].values()}
+        if path and path not in merged:
+            raise UserError(
+                f"{kind}_path: this configuration merges no {kind}; use --config "
+                f"configs/infer/t2i_{kind}.yaml"
+            )
 
 
 def replace_components(model: Model, new: Config) -> Model:

@@ -8,6 +8,7 @@ second text encoder), `weight` float32 [b], `moments` float32 [b, h, w, 8] or `p
 each batch (several data sets, accumulation), adding up, then `update`.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +24,8 @@ from jaxft.models.encoder import Added
 from jaxft.shapes import TEXT_INPUTS, Latents, Params, Pixels, Timesteps
 
 Weights = dict[str, Params]
-"""Network (`unet`, `vae`, `text_encoder`) -> its weights, or some of them."""
+"""Network (`unet`, `vae`, `text_encoder`) -> its weights, or some of them; `lora_unet`, … -> the
+factors of a network's LoRAs."""
 
 
 class TrainState(NamedTuple):
@@ -44,9 +46,11 @@ class Objective(NamedTuple):
     scaling_factor: float
     """Of the VAE's latents."""
     dtype: Any
-    """Of the UNet's activations."""
+    """Of the activations of UNet and text encoders."""
     clip_skip: int = 0
     clip_final_norm: bool = True
+    dropouts: Mapping[str, Sequence[str]] = {}
+    """Network -> names of the keys by which its LoRAs drop values."""
 
 
 class Draws(NamedTuple):
@@ -55,15 +59,17 @@ class Draws(NamedTuple):
     latent_noise: Latents
     noise: Latents
     timesteps: Timesteps
+    dropout_key: Array
 
 
 def draw(key: Array, shape: tuple[int, ...], num_timesteps: int) -> Draws:
     """Noise and uniform timesteps for latents [b, h, w, c]; the same on any number of devices."""
-    latent_key, noise_key, time_key = jax.random.split(key, 3)
+    latent_key, noise_key, time_key, dropout_key = jax.random.split(key, 4)
     return Draws(
         jax.random.normal(latent_key, shape),
         jax.random.normal(noise_key, shape),
         jax.random.randint(time_key, shape[:1], 0, num_timesteps),
+        dropout_key,
     )
 
 
@@ -85,7 +91,10 @@ def loss(
 ) -> Float[Array, ""]:
     """Mean squared error of the UNet's prediction; Ho et al. 2020, eq. 14; float32."""
     nets, noising = objective.networks, objective.schedule
-    weights = {name: frozen.get(name, {}) | trainable.get(name, {}) for name in nets}
+    weights = {
+        name: frozen.get(name, {}) | trainable.get(name, {}) | trainable.get(f"lora_{name}", {})
+        for name in nets
+    }
     moments = batch.get("moments")
     if moments is None:
         moments = encode_pixels(nets["vae"], weights["vae"], batch["pixel_values"])
@@ -93,9 +102,12 @@ def loss(
     draws = draw(key, shape, len(noising.alphas_cumprod))
     latents = vae.sample_latents(moments, draws.latent_noise) * objective.scaling_factor
     noisy = schedule.add_noise(noising, latents, draws.noise, draws.timesteps)
+    for number, (name, keys) in enumerate(objective.dropouts.items()):
+        drawn = jax.random.split(jax.random.fold_in(draws.dropout_key, number), len(keys))
+        weights[name] |= dict(zip(keys, drawn, strict=True))
     encoders = [name for name in TEXT_INPUTS if name in nets]
     text, pooled = conditioning.encode_text(
-        [params.bind(nets[name], weights[name]) for name in encoders],
+        [params.bind(nets[name], params.cast(weights[name], objective.dtype)) for name in encoders],
         [batch[TEXT_INPUTS[name]] for name in encoders],
         clip_skip=objective.clip_skip,
         final_norm=objective.clip_final_norm,

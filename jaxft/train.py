@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import cli, compile_cache, params
+from jaxft import cli, compile_cache, params, selection
 from jaxft import config as configs
 from jaxft import mesh as meshes
 from jaxft import plan as plans
@@ -37,10 +37,11 @@ from jaxft.log import RunLog
 from jaxft.models.vae import AutoencoderKL
 from jaxft.params import abstract
 from jaxft.plan import Plan
-from jaxft.records import Numbers, Parts, export
+from jaxft.records import Numbers, Parts, export, parts_of
 from jaxft.shapes import TEXT_INPUTS
 from jaxft.signals import Stop
 from jaxft.step import Objective, TrainState, Weights
+from jaxft.tuning import adapters
 
 UNSAVED = {
     ".lock",
@@ -198,8 +199,9 @@ def _to_devices(plan: Plan) -> Run:
     policy = config.model.gradient_checkpointing
     remat = REMAT[policy] if isinstance(policy, bool) else policy
     options = {"unet": {"remat": remat}}
+    labels, loras = plan.selection.labels, plan.selection.adapters
     frozen = {
-        name: {k: v for k, v in part.params.items() if k not in plan.labels.get(name, {})}
+        name: {k: v for k, v in part.params.items() if k not in labels.get(name, {})}
         for name, part in parts.items()
     }
     frozen = {
@@ -208,18 +210,22 @@ def _to_devices(plan: Plan) -> Run:
     }
     if all(dataset.moments is not None for dataset in plan.datasets):
         del frozen["vae"]
-    networks = {
-        name: abstract(lambda n=name: family.networks[n](parts[n].config, **options.get(n, {})))
-        for name in frozen
-    }
+
+    def build(name: str) -> Any:
+        network = family.networks[name](parts[name].config, **options.get(name, {}))
+        return adapters.attach(network, loras.get(name, {}))
+
     clip_skip, final_norm = family.text_layer(config.model.clip_skip, config.model.clip_final_norm)
     objective = Objective(
-        networks={name: graphdef for name, (graphdef, _) in networks.items()},
+        networks={name: abstract(lambda n=name: build(n))[0] for name in frozen},
         schedule=plan.noising,
         scaling_factor=parts["vae"].config.get("scaling_factor", 0.18215),
         dtype=dtype,
         clip_skip=clip_skip,
         clip_final_norm=final_norm,
+        dropouts={
+            name: keys for name, own in loras.items() if (keys := adapters.dropout_keys(own))
+        },
     )
     programs = Programs(
         objective,
@@ -234,13 +240,12 @@ def _to_devices(plan: Plan) -> Run:
 
 def _start(run: Run, checkpoints: Checkpoints, start: int, log: RunLog) -> TrainState:
     """The state of a checkpoint, or of step 0; says so if the data is not what it was."""
-    weights = run.plan.model.parts["unet"].params
-    chosen = {name: weights[name] for name in weights if name in run.plan.labels["unet"]}
-    trainable = {"unet": params.cast(chosen, np.float32)}
+    plan = run.plan
+    trainable = selection.initial(plan.selection, plan.model, plan.config.seed)
     if not start:
-        return run.programs.init(_placed(run.plan, trainable))
+        return run.programs.init(_placed(plan, trainable))
     state, extra = checkpoints.restore(start, run.programs.state(trainable))
-    if extra["data"] != _fingerprint(run.plan):
+    if extra["data"] != _fingerprint(plan):
         log.message(
             "notice    images, captions or buckets have changed since the checkpoint: the run "
             "goes on with the new ones, in another order"
@@ -312,13 +317,13 @@ def _loop(
             if last or step % every == 0:
                 numbers.flush()
                 checkpoints.save(step, state, {"data": data})
-                parts.write(step, state.trainable["unet"])
+                parts.write(step, parts_of(plan, jax.device_get(state.trainable)))
             if last:
                 break
     if stop.requested:
         log.message(f"stopped; go on with: python -m jaxft.train --resume {folder}")
         return 128 + stop.requested
-    for path in export(plan, state.trainable["unet"], folder):
+    for path in export(plan, jax.device_get(state.trainable), folder):
         log.message(f"wrote     {path}")
     return 0
 

@@ -15,7 +15,7 @@ LAYERS = (
     | {"params", "patterns", "schema", "signals", "data", "models"},
     {"low_rank", "report"},
     {"diffusion", "foreign", "formats", "tuning"},
-    {"compat", "config", "step"},
+    {"compat", "config", "selection", "step"},
     {"compiled", "inspection", "merging", "pickled", "plan", "verify"},
     {"records"},
     {"convert", "sample", "train"},

@@ -223,7 +223,7 @@ def test_every_notice_is_about_a_key_that_is_set_and_has_no_meaning_here(write):
 )
 def test_shipped_files_load_without_a_word_and_come_back_from_cfg_yaml(write, path):
     schema = path.split("/", maxsplit=1)[0]
-    needed = ["pretrained_model=m", "part_path=p"] if schema == "infer" else [MODEL]
+    needed = ["pretrained_model=m", "part_path=p", "lora_path=l"] if schema == "infer" else [MODEL]
     loaded, notices = config.load(f"configs/{path}", needed, schema)
     assert notices == []
     again, notices = config.load(write("cfg.yaml", config.to_yaml(loaded)), (), schema)

@@ -51,7 +51,7 @@ RATE = 2e-4  # Adam turns rounding noise in a zero gradient into a step of this 
 class Setup:
     """Both systems with the same random weights, and batches for them."""
 
-    def __init__(self, prediction_type: str = "epsilon"):
+    def __init__(self, prediction_type: str = "epsilon", with_text: bool = False):
         self.unet: Any = randomise(TorchUNet(**UNET), 0)
         self.text: Any = randomise(TorchText(CLIPTextConfig(**TEXT, bos_token_id=0)), 1)
         self.noising: Any = DDPMScheduler.from_config(
@@ -65,12 +65,12 @@ class Setup:
             scaling_factor=SCALING,
             dtype=jnp.float32,
         )
-        self.trainable = {"unet": {k: v.numpy() for k, v in self.unet.state_dict().items()}}
+        self.trainable = {"unet": {k: v.numpy().copy() for k, v in self.unet.state_dict().items()}}
         text = self.text.state_dict()
-        self.frozen = {
-            "text_encoder": {f"text_model.{k}": jnp.asarray(v.numpy()) for k, v in text.items()}
-        }
-        self.frozen["unet"] = {}
+        encoder = {f"text_model.{k}": jnp.asarray(v.numpy().copy()) for k, v in text.items()}
+        self.frozen = {"unet": {}, "text_encoder": {} if with_text else encoder}
+        if with_text:
+            self.trainable["text_encoder"] = {k: np.asarray(v) for k, v in encoder.items()}
         self.key = jax.random.key(7)
         self.compiled_gradient = jax.jit(
             lambda trainable, frozen, batch, key: jax.grad(
@@ -86,7 +86,7 @@ class Setup:
         return {"input_ids": ids, "weight": np.ones(size, np.float32), "moments": moments}
 
     def programs(self, mesh, batches, optimizer=None, loss_weights=(1.0,), accumulation=1):
-        labels = {"unet": dict.fromkeys(self.trainable["unet"], "all")}
+        labels = {part: dict.fromkeys(own, "all") for part, own in self.trainable.items()}
         optimizer = optimizer or optimizers.grouped(
             labels, {"all": optimizers.adamw(RATE, weight_decay=1e-2)}, 1.0
         )
@@ -117,27 +117,31 @@ def torch_step(setup: Setup, optimizer, batch, draws) -> float:
     latents = (mean + torch.exp(0.5 * log_variance) * tensor(draws.latent_noise)) * SCALING
     noise, times = tensor(draws.noise), torch.tensor(np.asarray(draws.timesteps)).long()
     noisy = setup.noising.add_noise(latents, noise, times)
-    with torch.no_grad():
-        states = setup.text(torch.tensor(batch["input_ids"][:, 0]).long()).last_hidden_state
+    states = setup.text(torch.tensor(batch["input_ids"][:, 0]).long()).last_hidden_state
     predicted = setup.unet(noisy, times, states).sample
     is_v = setup.noising.config.prediction_type == "v_prediction"
     wanted = setup.noising.get_velocity(latents, noise, times) if is_v else noise
     loss = torch.nn.functional.mse_loss(predicted, wanted)
     optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(setup.unet.parameters(), 1.0)
+    trained = [weight for group in optimizer.param_groups for weight in group["params"]]
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
     optimizer.step()
     return loss.item()
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_twenty_steps_equal_a_pytorch_loop(prediction_type):
-    setup = Setup(prediction_type)
+@pytest.mark.parametrize(
+    ("prediction_type", "with_text"), [("epsilon", False), ("v_prediction", True)]
+)
+def test_twenty_steps_equal_a_pytorch_loop(prediction_type, with_text):
+    """Of the UNet alone, and of the UNet and the text encoder."""
+    setup = Setup(prediction_type, with_text)
     mesh = one_device()
     programs, state, frozen, key = setup.programs(mesh, [[setup.batch(0)]])
-    before = {name: value.numpy().copy() for name, value in setup.unet.state_dict().items()}
+    networks = {"unet": setup.unet} | ({"text_encoder": setup.text} if with_text else {})
     setup.unet.train()
-    optimizer = torch.optim.AdamW(setup.unet.parameters(), lr=RATE, weight_decay=1e-2)
+    weights = [weight for network in networks.values() for weight in network.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=RATE, weight_decay=1e-2)
     for n in range(20):
         batch = setup.batch(n)
         draws = step.draw(step.batch_key(key, n, 0, 0), (4, 4, 6, 4), 1000)
@@ -145,12 +149,15 @@ def test_twenty_steps_equal_a_pytorch_loop(prediction_type):
         theirs = torch_step(setup, optimizer, batch, draws)
         np.testing.assert_allclose(metrics.losses[0][0], theirs, rtol=1e-4)
     assert int(state.step) == 20
-    moved = 0.0
-    for name, theirs in setup.unet.state_dict().items():
-        ours = np.asarray(state.trainable["unet"][name])
-        np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4, err_msg=name)
-        moved = max(moved, np.abs(ours - before[name]).max())
-    assert moved > 1e-3  # ten times the tolerance
+    for part, network in networks.items():
+        moved = 0.0
+        prefix = "" if part == "unet" else "text_model."
+        for name, theirs in network.state_dict().items():
+            ours = np.asarray(state.trainable[part][f"{prefix}{name}"])
+            np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4, err_msg=name)
+            before = setup.trainable[part][f"{prefix}{name}"]
+            moved = max(moved, np.abs(ours - before).max())
+        assert moved > 1e-3  # ten times the tolerance
 
 
 def run(setup, mesh, batches, **options):

@@ -371,7 +371,7 @@ def test_scale_lr_multiplies_every_rate_by_the_images_of_an_update(recipe):
         "data.dataset1.batch_size=2",
     )
     assert scaled.images_per_step == 2 * 3 * jax.device_count()
-    for group, lr in zip(scaled.groups, RATES, strict=True):
+    for group, lr in zip(scaled.selection.groups, RATES, strict=True):
         assert group.lr == pytest.approx(lr * scaled.images_per_step)
 
 

@@ -42,10 +42,17 @@ def place(name: str, network: str) -> tuple[str, str]:
     return network, name
 
 
-def by_file(networks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """File (`unet`, `text_encoder`) -> what belongs in it, named as there."""
+def by_file(
+    networks: Mapping[str, Mapping[str, Any]], is_xl: bool | None = None
+) -> dict[str, dict[str, Any]]:
+    """File (`unet`, `text_encoder`) -> what belongs in it, named as there.
+
+    Args:
+        networks: network -> name -> anything.
+        is_xl: whether text encoders are those of XL; None: if the second is among them.
+    """
     prefixes = {network: prefix for prefix, network in XL_PREFIXES.items()}
-    is_xl = "text_encoder_2" in networks
+    is_xl = "text_encoder_2" in networks if is_xl is None else is_xl
     files: dict[str, dict[str, Any]] = {}
     for network, named in networks.items():
         prefix = prefixes.get(network, "") if is_xl else ""
@@ -56,8 +63,13 @@ def by_file(networks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, An
 
 def write_part(path: Path, part: Mapping[str, Any], dtype: str = "fp32") -> None:
     """Writes trained weights, named as in the file, as `base:<name>`."""
-    named = {f"base:{name}": array for name, array in part.items()}
-    tensor_file.write(path, named, dtype=params.DTYPES[dtype])
+    write(path, {"base": part}, dtype)
+
+
+def write(path: Path, kinds: Mapping[str, Mapping[str, Any]], dtype: str = "fp32") -> None:
+    """Writes a part file of several kinds: kind -> name -> array."""
+    stored = {f"{kind}:{name}": array for kind, own in kinds.items() for name, array in own.items()}
+    tensor_file.write(path, stored, dtype=params.DTYPES[dtype])
 
 
 def kinds(path: Path, stored: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

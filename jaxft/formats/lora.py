@@ -307,8 +307,15 @@ def _from_hcp(stored: Mapping[str, Any], path: Path, average: bool) -> Lora:
 
 
 def write_hcp(folder: Path, lora: Lora, dtype: str | None = None) -> None:
-    """Writes HCP-Diffusion's part files, `unet` and `text_encoder`; alphas divided by the rank."""
-    networks = {
+    """Writes HCP-Diffusion's part files, `unet` and `text_encoder`."""
+    for name, named in hcp.by_file(hcp_names(lora)).items():
+        stored = {f"lora:{key}": value for key, value in named.items()}
+        tensor_file.write(folder / f"{name}.safetensors", stored, dtype=_dtype(dtype))
+
+
+def hcp_names(lora: Lora) -> dict[str, dict[str, Any]]:
+    """Network -> HCP-Diffusion's names of factors and alphas, these divided by the rank."""
+    return {
         part: {
             f"{module}.___.{end}": value
             for module, low in layers.items()
@@ -320,9 +327,6 @@ def write_hcp(folder: Path, lora: Lora, dtype: str | None = None) -> None:
         }
         for part, layers in lora.items()
     }
-    for name, named in hcp.by_file(networks).items():
-        stored = {f"lora:{key}": value for key, value in named.items()}
-        tensor_file.write(folder / f"{name}.safetensors", stored, dtype=_dtype(dtype))
 
 
 def _dtype(name: str | None) -> Any:

@@ -4,7 +4,7 @@ Radford et al. 2021 (https://arxiv.org/abs/2103.00020). Names are those of SD's 
 keep the prefix `text_model.`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -175,6 +175,14 @@ class CLIPTextModelWithProjection(CLIPTextModel):
         """As `CLIPTextModel`, the pooled state projected."""
         states, pooled = super().__call__(input_ids, clip_skip, final_norm)
         return states, self.text_projection(pooled)
+
+
+def unused(names: Iterable[str], layers: int, clip_skip: int, final_norm: bool) -> set[str]:
+    """Of a text encoder's weights, those without part in its states: of the last layers that are
+    left out, and of the final norm where that is."""
+    beginnings = [f"text_model.encoder.layers.{n}." for n in range(layers - clip_skip, layers)]
+    beginnings += [] if final_norm else ["text_model.final_layer_norm."]
+    return {name for name in names if name.startswith((*beginnings, "text_projection."))}
 
 
 def read_options(config: Mapping[str, Any]) -> Any:

@@ -7,6 +7,8 @@ is that of the activations; the statistics of norms are float32. Layers are only
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +17,58 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 
+class LowRank(nnx.Module):
+    """What a LoRA adds to its layer's output: scale · up(down(x)), a branch beside the layer.
+
+    The layer itself does `down`, as it does its own weight (`adapt`). So neither the sum of the
+    weights nor a gradient of the layer's weight is ever formed.
+
+    Args:
+        shape: of the layer's weight.
+        rank: rows of `down`.
+        scale: of the product.
+        dropout: share of the values between the factors that is dropped; `key` says which.
+    """
+
+    def __init__(self, shape: tuple[int, ...], rank: int, scale: float, dropout: float = 0.0):
+        self.down = nnx.Param(jnp.zeros((rank, *shape[1:])))
+        self.up = nnx.Param(jnp.zeros((shape[0], rank, *(1,) * (len(shape) - 2))))
+        self.key = nnx.Param(jax.random.key(0)) if dropout else nnx.data(None)
+        self.scale, self.dropout = scale, dropout
+
+    def __call__(self, inner: Float[Array, "... r"]) -> Float[Array, "... o"]:
+        if self.key is not None:
+            kept = jax.random.bernoulli(self.key[...], 1 - self.dropout, inner.shape)
+            inner = jnp.where(kept, inner / (1 - self.dropout), 0)
+        up = self.up[...].astype(inner.dtype)
+        return self.scale * jnp.einsum("...r,or->...o", inner, up.reshape(up.shape[:2]))
+
+
+def adapt(network: nnx.Module, module: str, additions: Sequence[LowRank]) -> None:
+    """Gives a network's layer its LoRAs; their weights are `<module>.lora.<number>.down` and
+    `.up`, and `.key` where something is dropped."""
+    layer: Any = network
+    for name in module.split("."):
+        layer = layer[int(name)] if name.isdigit() else getattr(layer, name)
+    layer.lora = nnx.List(list(additions))
+
+
 class Linear(nnx.Module):
-    """`torch.nn.Linear`: x · Wᵀ + b on the last axis."""
+    """`torch.nn.Linear`: x · Wᵀ + b on the last axis; with LoRAs, what they add."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         self.weight = nnx.Param(jnp.zeros((out_features, in_features)))
         self.bias = nnx.Param(jnp.zeros(out_features)) if bias else nnx.data(None)
+        self.lora = nnx.List([])
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-        y = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
+        y = self._product(x, self.weight)
+        for low in self.lora:
+            y = y + low(self._product(x, low.down))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+    def _product(self, x: Array, weight: nnx.Param) -> Array:
+        return jnp.einsum("...i,oi->...o", x, weight[...].astype(x.dtype))
 
 
 FEW_PIXELS = 16
@@ -44,24 +88,29 @@ class Conv2d(nnx.Module):
     ):
         self.weight = nnx.Param(jnp.zeros((out_channels, in_channels, kernel_size, kernel_size)))
         self.bias = nnx.Param(jnp.zeros(out_channels))
+        self.lora = nnx.List([])
         self.stride = stride
         self.padding = (padding, padding) if isinstance(padding, int) else padding
 
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
-        weight = self.weight[...].astype(x.dtype)
-        if weight.shape[2:] == (1, 1):
-            y = jnp.einsum("bhwi,oi->bhwo", x, weight[:, :, 0, 0])
-        elif self._few_pixels(x):
-            y = self._sum_of_taps(x, weight)
-        else:
-            y = jax.lax.conv_general_dilated(
-                x,
-                weight.transpose(2, 3, 1, 0),
-                window_strides=(self.stride, self.stride),
-                padding=(self.padding, self.padding),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
+        y = self._product(x, self.weight)
+        for low in self.lora:
+            y = y + low(self._product(x, low.down))
         return y + self.bias[...].astype(x.dtype)
+
+    def _product(self, x: Array, kernel: nnx.Param) -> Array:
+        weight = kernel[...].astype(x.dtype)
+        if weight.shape[2:] == (1, 1):
+            return jnp.einsum("bhwi,oi->bhwo", x, weight[:, :, 0, 0])
+        if self._few_pixels(x):
+            return self._sum_of_taps(x, weight)
+        return jax.lax.conv_general_dilated(
+            x,
+            weight.transpose(2, 3, 1, 0),
+            window_strides=(self.stride, self.stride),
+            padding=(self.padding, self.padding),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
 
     def _output_size(self, x: Array) -> tuple[int, int]:
         lost = self.weight.shape[2] - sum(self.padding)

@@ -1,0 +1,150 @@
+"""What a configuration trains: from its groups to weights of networks, and to LoRAs beside them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxft import params
+from jaxft.errors import UserError
+from jaxft.formats import hcp
+from jaxft.formats.diffusers_folder import Model
+from jaxft.formats.lora import modules
+from jaxft.low_rank import Lora
+from jaxft.models import clip
+from jaxft.tuning import adapters as loras
+from jaxft.tuning.adapters import Adapters, LoraGroup
+from jaxft.tuning.groups import Group, Labels, assign
+
+NETWORKS = ("unet", "text_encoder")
+"""What groups are of; XL's two text encoders are one, their names beginning as in part files."""
+
+
+class Selection(NamedTuple):
+    """What is trained, and by which group."""
+
+    groups: list[Group]
+    labels: Labels
+    """Part of what is trained -> name in it -> group. A part is a network, or `lora_<network>`."""
+    adapters: dict[str, Adapters]
+    """Network -> its LoRAs."""
+    notices: list[str]
+
+
+def select(config: Mapping[str, Any], model: Model, factor: float = 1.0) -> Selection:
+    """What the groups of a configuration choose of a model.
+
+    Args:
+        config: with `unet`, `text_encoder`, `lora_unet`, `lora_text_encoder`, each name -> group,
+            and `model.clip_skip` and `model.clip_final_norm`.
+        model: what is trained.
+        factor: of all rates.
+
+    Raises:
+        UserError: nothing is trained, a pattern matches nothing, or a group trains nothing.
+    """
+    full = [
+        Group(f"{network}.{name}", network, group["layers"], group["lr"] * factor)
+        for network in NETWORKS
+        for name, group in config[network].items()
+    ]
+    low = [
+        LoraGroup(
+            Group(f"lora_{network}.{name}", network, group["layers"], group["lr"] * factor),
+            group["rank"],
+            group["alpha"],
+            group["dropout"],
+        )
+        for network in NETWORKS
+        for name, group in config[f"lora_{network}"].items()
+    ]
+    named = hcp.by_file({n: part.params for n, part in model.parts.items() if n != "vae"})
+    assignment = assign(full, named) if full or not low else None
+    idle = _idle(model, config["model"]["clip_skip"], config["model"]["clip_final_norm"])
+    labels, notices = {}, list(assignment.notices if assignment else ())
+    for network, own in (assignment.labels if assignment else {}).items():
+        kept = {name: label for name, label in own.items() if name not in idle}
+        _check_used({*own.values()} - {*kept.values()})
+        if len(kept) < len(own):
+            notices.append(f"{network}: {_left_out(len(own) - len(kept), 'weights')}")
+        for name, label in kept.items():
+            place, inner = hcp.place(name, network)
+            labels.setdefault(place, {})[inner] = label
+    adapters = _adapters(low, named, model, idle, notices)
+    labels |= {f"lora_{network}": loras.labels(own) for network, own in adapters.items()}
+    groups = [*full, *(lora.group for lora in low)]
+    return Selection(groups, labels, adapters, notices)
+
+
+def _idle(model: Model, clip_skip: int, final_norm: bool) -> set[str]:
+    """Names, as in part files, of what has no influence on the UNet: with `clip_skip` the last
+    layers, except in XL's second text encoder, whose pooled state is used too."""
+    skip, norm = model.family.text_layer(clip_skip, final_norm)
+    found = {}
+    for network in model.family.text_encoders:
+        component = model.parts[network]
+        is_pooled = model.family.is_xl and network == model.family.text_encoders[-1]
+        names = () if is_pooled else component.params
+        layers = clip.read_options(component.config).num_hidden_layers
+        found[network] = dict.fromkeys(clip.unused(names, layers, skip, norm))
+    return {*hcp.by_file(found).get("text_encoder", ())}
+
+
+def _check_used(groups: set[str]) -> None:
+    if groups:
+        raise UserError(
+            f"{min(groups)}: its layers have no influence on the images: they lie behind the last "
+            "layer of the text encoder that is used (model.clip_skip, model.clip_final_norm)"
+        )
+
+
+def _left_out(count: int, what: str) -> str:
+    return f"{count} {what} behind the last layer that is used (model.clip_skip) are not trained"
+
+
+def _adapters(
+    groups: Sequence[LoraGroup],
+    named: Mapping[str, Mapping[str, Any]],
+    model: Model,
+    idle: set[str],
+    notices: list[str],
+) -> dict[str, Adapters]:
+    """Network -> the LoRAs that groups give it; what the user should know is added to notices."""
+    hosts = hcp.by_file(modules(model.configs))
+    found: dict[str, Adapters] = {}
+    for lora in groups:
+        group, of, more = lora.group, lora.group.network, 0
+        chosen = loras.choose(lora, [*named[of]], hosts[of])
+        used = {module: own for module, own in chosen.items() if f"{module}.weight" not in idle}
+        _check_used(set() if used else {group.name})
+        if len(used) < len(chosen):
+            notices.append(f"{group.name}: {_left_out(len(chosen) - len(used), 'layers')}")
+        for module, own in used.items():
+            network, inner = hcp.place(module, of)
+            before = found.setdefault(network, {}).setdefault(inner, [])
+            more += bool(before)
+            before += own
+        if more:
+            notices.append(f"{group.name} adds to the LoRAs that {more} of its layers have already")
+    return found
+
+
+def initial(selection: Selection, model: Model, seed: int) -> dict[str, dict[str, Any]]:
+    """What is trained as it is before step 1, float32, on the host."""
+    trained: dict[str, dict[str, Any]] = {}
+    for network, own in selection.labels.items():
+        if network in model.parts:
+            weights = model.parts[network].params
+            chosen = {name: weights[name] for name in weights if name in own}
+            trained[network] = params.cast(chosen, np.float32)
+    for network, own in selection.adapters.items():
+        trained[f"lora_{network}"] = loras.init(own, seed)
+    return trained
+
+
+def lora(selection: Selection, trained: Mapping[str, Mapping[str, Any]]) -> Lora:
+    """The LoRA of what is trained; empty if there is none."""
+    return {
+        network: loras.result(own, trained[f"lora_{network}"])
+        for network, own in selection.adapters.items()
+    }
