@@ -22,11 +22,15 @@ from jaxft.data.tokens import Tokenizer
 from jaxft.diffusion import schedule
 from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder, single_file
+from jaxft.shapes import TEXT_INPUTS
 from jaxft.tuning import optimizers
 from jaxft.tuning.groups import Group, Labels, assign
 
 COMPUTE = {"bf16": "bfloat16", "no": "float32"}
 """`mixed_precision` -> the dtype of activations; weights and moments are float32 always."""
+
+MAX_PROMPTS = 100
+"""Of an image, where they are encoded before the first step."""
 
 
 class Plan(NamedTuple):
@@ -81,6 +85,7 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
     ]
     assignment = assign(named, {"unet": model.parts["unet"].params})
     datasets, told = _datasets(config, model, mesh.size)
+    _check_text_caches(config, assignment.labels, datasets)
     total_steps = _total_steps(config.train, datasets[0].num_batches)
     rates = _rates(config.train.scheduler, named, total_steps)
     transforms = {
@@ -154,6 +159,23 @@ def _datasets(
         )
         notices += _truncated(datasets[-1])
     return datasets, notices
+
+
+def _check_text_caches(config: Config, labels: Labels, datasets: Sequence[Dataset]) -> None:
+    """Prompts can be encoded before the first step if encoders stay as they are, and all prompts
+    are known."""
+    for dataset in datasets:
+        if not config.data[dataset.name].cache_text:
+            continue
+        key = f"data.{dataset.name}.cache_text"
+        if any(labels[name] for name in labels if name in TEXT_INPUTS):
+            raise UserError(f"{key}: a text encoder is trained, so it must be false")
+        for record in dataset.records:
+            if (count := len(source.prompts(record))) > MAX_PROMPTS:
+                raise UserError(
+                    f"{key}: {record.path.name} has {count} prompts, of which at most "
+                    f"{MAX_PROMPTS} are encoded; use a prompt_template of fewer lines, or false"
+                )
 
 
 def _source_options(options: Config) -> dict[str, Any]:
