@@ -4,6 +4,7 @@ Weights are data, modules are code: `abstract` says which weights a module has, 
 module with its weights inside a traced function, `load` and `check` are the way from files.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -107,6 +108,16 @@ def cast(params: Mapping[str, Any], dtype: Any) -> Params:
         return value.astype(dtype) if floating and value.dtype != dtype else value
 
     return {name: convert(value) for name, value in params.items()}
+
+
+def digest(params: Mapping[str, Any]) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes, as hexadecimal digits."""
+    whole = hashlib.sha256()
+    for name in sorted(params):
+        value = np.ascontiguousarray(params[name])
+        whole.update(f"{name} {value.dtype.name} {value.shape} ".encode())
+        whole.update(value.reshape(-1).view(np.uint8).data)
+    return whole.hexdigest()
 
 
 def count(params: Mapping[str, Any]) -> int:

@@ -26,11 +26,15 @@ from jaxft.diffusion import schedule
 from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder, single_file
 from jaxft.selection import Selection
+from jaxft.shapes import TEXT_INPUTS
 from jaxft.tuning import optimizers, schedules
-from jaxft.tuning.groups import Group
+from jaxft.tuning.groups import Group, Labels
 
 COMPUTE = {"bf16": "bfloat16", "no": "float32"}
 """`mixed_precision` -> the dtype of activations; weights and moments are float32 always."""
+
+MAX_PROMPTS = 100
+"""Of an image, where they are encoded before the first step."""
 
 
 class Plan(NamedTuple):
@@ -79,6 +83,7 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
     diffusers_folder.check_text_to_image(model)
     selected = selection.select(config, model, _rate_factor(config, mesh.size))
     datasets, told = _datasets(config, model, mesh.size)
+    _check_text_caches(config, selected.labels, datasets)
     total_steps = _total_steps(config.train, datasets[0].num_batches)
     rates = _rates(config.train.scheduler, selected.groups, total_steps)
     transforms = {
@@ -168,6 +173,23 @@ def _buckets(
     if not added:
         return buckets, []
     return buckets, [f"data.{name}: {added} images are new, and go to sizes that the run has"]
+
+
+def _check_text_caches(config: Config, labels: Labels, datasets: Sequence[Dataset]) -> None:
+    """Prompts can be encoded before the first step if encoders stay as they are, and all prompts
+    are known."""
+    for dataset in datasets:
+        if not config.data[dataset.name].cache_text:
+            continue
+        key = f"data.{dataset.name}.cache_text"
+        if any(own for name, own in labels.items() if name.removeprefix("lora_") in TEXT_INPUTS):
+            raise UserError(f"{key}: a text encoder is trained, so it must be false")
+        for record in dataset.records:
+            if (count := len(source.prompts(record))) > MAX_PROMPTS:
+                raise UserError(
+                    f"{key}: {record.path.name} has {count} prompts, of which at most "
+                    f"{MAX_PROMPTS} are encoded; use a prompt_template of fewer lines, or false"
+                )
 
 
 def _source_options(options: Config) -> dict[str, Any]:

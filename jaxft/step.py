@@ -1,8 +1,9 @@
 """One step of training, as pure functions.
 
 A batch is what `jaxft.data.loader` makes: `input_ids` int32 [b, r, 77] (and `input_ids_2` for a
-second text encoder), `weight` float32 [b], `moments` float32 [b, h, w, 8] or `pixel_values` uint8
-[b, 8h, 8w, 3], and for Stable Diffusion XL `time_ids` float32 [b, 6].
+second text encoder) or `encoder_hidden_states` [b, 75r + 2, d] (and `pooled_text_embeds` [b, p]),
+`weight` float32 [b], `moments` float32 [b, h, w, 8] or `pixel_values` uint8 [b, 8h, 8w, 3], and for
+Stable Diffusion XL `time_ids` float32 [b, 6].
 
 `gradients` is compiled once for every shape of batch, `update` once: a step calls `gradients` for
 each batch (several data sets, accumulation), adding up, then `update`.
@@ -21,7 +22,7 @@ from jaxft import params
 from jaxft.diffusion import conditioning, losses, schedule
 from jaxft.models import vae
 from jaxft.models.encoder import Added
-from jaxft.shapes import TEXT_INPUTS, Latents, Params, Pixels, Timesteps
+from jaxft.shapes import TEXT_INPUTS, TEXT_STATES, Latents, Params, Pixels, Timesteps
 
 Weights = dict[str, Params]
 """Network (`unet`, `vae`, `text_encoder`) -> its weights, or some of them; `lora_unet`, … -> the
@@ -105,18 +106,29 @@ def loss(
     for number, (name, keys) in enumerate(objective.dropouts.items()):
         drawn = jax.random.split(jax.random.fold_in(draws.dropout_key, number), len(keys))
         weights[name] |= dict(zip(keys, drawn, strict=True))
-    encoders = [name for name in TEXT_INPUTS if name in nets]
-    text, pooled = conditioning.encode_text(
-        [params.bind(nets[name], params.cast(weights[name], objective.dtype)) for name in encoders],
-        [batch[TEXT_INPUTS[name]] for name in encoders],
-        clip_skip=objective.clip_skip,
-        final_norm=objective.clip_final_norm,
-    )
+    text, pooled = _text(objective, weights, batch)
     added = Added(pooled, batch["time_ids"]) if "time_ids" in batch else None
     unet = params.bind(nets["unet"], weights["unet"])
     predicted = unet(noisy.astype(objective.dtype), draws.timesteps, text, added)
     wanted = schedule.target(noising, latents, draws.noise, draws.timesteps)
     return losses.weighted_mean_squared_error(predicted, wanted, batch["weight"])
+
+
+def _text(objective: Objective, weights: Weights, batch: dict[str, Array]) -> tuple[Any, Any]:
+    """What the UNet is told of the prompts: encoded here, or before the first step."""
+    states, pooled = TEXT_STATES
+    if states in batch:
+        return batch[states], batch.get(pooled)
+    encoders = [name for name in TEXT_INPUTS if name in objective.networks]
+    return conditioning.encode_text(
+        [
+            params.bind(objective.networks[name], params.cast(weights[name], objective.dtype))
+            for name in encoders
+        ],
+        [batch[TEXT_INPUTS[name]] for name in encoders],
+        clip_skip=objective.clip_skip,
+        final_norm=objective.clip_final_norm,
+    )
 
 
 def gradients(

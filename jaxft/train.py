@@ -11,7 +11,6 @@ import json
 import logging
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,26 +18,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import cli, compile_cache, params, selection
+from jaxft import caches, cli, compile_cache, params, selection
 from jaxft import config as configs
 from jaxft import mesh as meshes
 from jaxft import plan as plans
-from jaxft import step as steps
 from jaxft.checkpoint import Checkpoints
 from jaxft.compiled import Programs
 from jaxft.config import Config
-from jaxft.data import bucket_table, latents, loader
+from jaxft.data import bucket_table, loader
 from jaxft.data.loader import Dataset
 from jaxft.data.source import prompt
 from jaxft.errors import UserError
 from jaxft.gallery import write_text
 from jaxft.lock import lock
 from jaxft.log import RunLog
-from jaxft.models.vae import AutoencoderKL
 from jaxft.params import abstract
 from jaxft.plan import Plan
 from jaxft.records import Numbers, Parts, export, parts_of
-from jaxft.shapes import TEXT_INPUTS
 from jaxft.signals import Stop
 from jaxft.step import Objective, TrainState, Weights
 from jaxft.tuning import adapters
@@ -95,7 +91,7 @@ def train(config: Config, notices: Sequence[str] = ()) -> int:
         _write_records(folder, plan, start)
         with RunLog(folder, plan.total_steps, start) as log:
             log.message(plans.describe(plan))
-            plan = _cached(plan)
+            plan = caches.fill(plan, say=log.message, stopped=lambda: stop.requested)
             run = _to_devices(plan)
             state = _start(run, checkpoints, start, log)
             if not stop.requested:
@@ -166,27 +162,6 @@ def _bucket_table(plan: Plan) -> str:
     return bucket_table.to_text(entries)
 
 
-def _cached(plan: Plan) -> Plan:
-    """The plan with the moments of the data sets that want them."""
-    cached = [d for d in plan.datasets if plan.config.data[d.name].cache_latents]
-    if not cached:
-        return plan
-    graphdef, _ = abstract(lambda: AutoencoderKL(plan.model.parts["vae"].config))
-    where = meshes.batch_sharding(plan.mesh)
-    weights = _placed(plan, {"vae": params.cast(plan.model.parts["vae"].params, np.float32)})["vae"]
-    encode = jax.jit(lambda w, pixels: steps.encode_pixels(graphdef, w, pixels))
-    store = latents.cache(
-        [wanted for dataset in cached for wanted in dataset.wanted],
-        lambda pixels: np.asarray(encode(weights, jax.device_put(pixels, where))),
-        batch_size=plan.mesh.size,
-        workers=max(plan.config.train.workers, 1),
-    )
-    names = {dataset.name for dataset in cached}
-    return plan._replace(
-        datasets=[replace(d, moments=store) if d.name in names else d for d in plan.datasets]
-    )
-
-
 def _placed(plan: Plan, weights: Weights) -> Weights:
     """Weights on the devices, split as the mesh says."""
     return jax.device_put(weights, meshes.shardings(plan.mesh, weights))
@@ -210,6 +185,9 @@ def _to_devices(plan: Plan) -> Run:
     }
     if all(dataset.moments is not None for dataset in plan.datasets):
         del frozen["vae"]
+    if all(dataset.text is not None for dataset in plan.datasets):
+        for name in family.text_encoders:
+            del frozen[name]
 
     def build(name: str) -> Any:
         network = family.networks[name](parts[name].config, **options.get(name, {}))
@@ -270,12 +248,11 @@ def _compile(run: Run, state: TrainState, log: RunLog) -> None:
 
 
 def _one_of_each_shape(dataset: Dataset) -> list[dict[str, jax.ShapeDtypeStruct]]:
-    rows, repeats = dataset.plan.batch_size, dataset.repeats
-    batches = []
+    rows, batches = dataset.plan.batch_size, []
+    text = dataset.texts([prompt(dataset.records[0], 0)])
     for width, height in (shape.size for shape in dataset.shapes):
         batch: dict[str, tuple[tuple[int, ...], Any]] = {
-            name: ((rows, repeats, 77), np.int32)
-            for name, _ in zip(TEXT_INPUTS.values(), dataset.tokenizers, strict=False)
+            name: ((rows, *value.shape[1:]), value.dtype) for name, value in text.items()
         }
         batch["weight"] = ((rows,), np.float32)
         if dataset.with_sizes:

@@ -17,7 +17,7 @@ LAYERS = (
     {"diffusion", "foreign", "formats", "tuning"},
     {"compat", "config", "selection", "step"},
     {"compiled", "inspection", "merging", "pickled", "plan", "verify"},
-    {"records"},
+    {"caches", "records"},
     {"convert", "sample", "train"},
 )
 """Modules and packages, from the bottom: imports point down, or stay within a package."""

@@ -1,27 +1,42 @@
-"""The cache of VAE moments, in memory: every image is encoded once, before the first step."""
+"""The cache of VAE moments: every image is encoded once, before the first step."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
 from jaxft.data.buckets import VAE_STRIDE
+from jaxft.data.disk import Disk, Memory
 from jaxft.data.source import Record, pixels
 from jaxft.errors import UserError
 
+RECIPE = 1
+"""To be raised when the way from a file to its moments changes: caches on disk outlive versions."""
+
 Size = tuple[int, int]
-Key = tuple[str, Size, tuple[int, int, int], bool]
-Store = Mapping[Key, Float[np.ndarray, "h w 8"]]
-"""Mean and log variance of an image's latent by `key`."""
+
+Store = Memory | Disk
+"""Mean and log variance of an image's latent, float32 [h, w, 8], by `key`."""
+
+
+class Key(NamedTuple):
+    """All that the moments of an image depend on, besides the VAE."""
+
+    digest: str
+    """SHA-256 of the file."""
+    size: Size
+    """Width and height that it is cropped to."""
+    bg_color: tuple[int, int, int]
+    scaled: bool
 
 
 def key(record: Record, size: Size) -> Key:
-    """What the moments depend on: the file's content, the size it is cropped to, the background,
-    whether it is scaled."""
-    return record.digest, size, record.bg_color, record.scaled
+    """The key of a record's moments: what `source.pixels` reads of the record must be in it."""
+    return Key(record.digest, size, record.bg_color, record.scaled)
 
 
 def cache(
@@ -30,28 +45,34 @@ def cache(
     *,
     batch_size: int,
     workers: int = 4,
+    store: Store | None = None,
+    stopped: Callable[[], object] = lambda: False,
 ) -> Store:
-    """Moments of every (image, size), each encoded once however often it is wanted.
+    """The store (a new one in memory) with the moments of every (image, size).
 
-    `encode` sees batches of exactly `batch_size` images, one size after the other, so that it
-    compiles once a size. Images are decoded ahead in threads; a progress bar is shown.
+    What is there already, and what is wanted twice, is not encoded again. `encode` sees batches of
+    exactly `batch_size` images, one size after the other, so that it compiles once a size. Images
+    are decoded ahead in threads; a progress bar is shown. It ends early when `stopped()`.
 
     Raises:
         UserError: an image is gone or changed, or its moments are not finite.
     """
-    groups: dict[Size, dict[Key, Record]] = {}
+    store = Memory() if store is None else store
+    records: dict[Key, Record] = {}
     for record, size in wanted:
-        groups.setdefault(size, {}).setdefault(key(record, size), record)
+        records.setdefault(key(record, size), record)
+    groups: dict[Size, list[tuple[Key, Record]]] = {}
+    for name in (missing := store.missing(records)):
+        groups.setdefault(name.size, []).append((name, records[name]))
     batches = [
-        (size, list(group.items())[start : start + batch_size])
+        (size, group[start : start + batch_size])
         for size, group in groups.items()
         for start in range(0, len(group), batch_size)
     ]
-    store: dict[Key, np.ndarray] = {}
-    total = sum(len(group) for group in groups.values())
     with (
+        store,
         ThreadPoolExecutor(workers) as pool,
-        tqdm(desc="encoding images", total=total, unit="image") as bar,
+        tqdm(desc="encoding images", total=len(missing), unit="image") as bar,
     ):
         for (size, batch), images in _ahead(pool, batches):
             filled = images + [images[-1]] * (batch_size - len(images))
@@ -62,6 +83,8 @@ def cache(
                     raise UserError(f"{record.path}: the VAE's output for it is not finite")
                 store[name] = entry.copy()  # no view: it would keep its whole batch alive
             bar.update(len(batch))
+            if stopped():
+                break
     return store
 
 

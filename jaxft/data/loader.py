@@ -12,16 +12,17 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from jaxft.data import captions, latents, source
+from jaxft.data import captions, latents, source, text_states
 from jaxft.data.batches import BatchPlan
 from jaxft.data.buckets import Buckets
 from jaxft.data.tokens import Tokenizer
-from jaxft.shapes import TEXT_INPUTS
+from jaxft.shapes import TEXT_INPUTS, TEXT_STATES
 
 Batch = dict[str, np.ndarray]
-"""`input_ids` int32 [b, r, 77] (and `input_ids_2`), `weight` float32 [b] (0: fills up the batch),
-either `moments` float32 [b, h/8, w/8, 8] or `pixel_values` uint8 [b, h, w, 3], and for Stable
-Diffusion XL `time_ids` float32 [b, 6]."""
+"""`input_ids` int32 [b, r, 77] (and `input_ids_2`) or `encoder_hidden_states` [b, 75r + 2, d] (and
+`pooled_text_embeds` [b, p]), `weight` float32 [b] (0: fills up the batch), either `moments` float32
+[b, h/8, w/8, 8] or `pixel_values` uint8 [b, h, w, 3], and for Stable Diffusion XL `time_ids`
+float32 [b, 6]."""
 
 
 class Shape(NamedTuple):
@@ -47,6 +48,8 @@ class Dataset:
     loss_weight: float = 1.0
     moments: latents.Store | None = None
     """The cache; without it images are decoded anew for every batch."""
+    text: text_states.Store | None = None
+    """The cache of what the text encoders say; without it a batch holds token ids."""
     with_sizes: bool = False
     """Whether a batch says how its images were scaled and cropped, as Stable Diffusion XL asks."""
 
@@ -94,10 +97,7 @@ class Dataset:
             for record, image in zip(records, images, strict=True)
         ]
         size = self.buckets.sizes[drawn.bucket]
-        batch = {
-            name: np.stack([tokenizer.encode(text, self.repeats) for text in prompts])
-            for name, tokenizer in zip(TEXT_INPUTS.values(), self.tokenizers, strict=False)
-        }
+        batch = self.texts(prompts)
         batch["weight"] = drawn.weights[rows]
         if self.with_sizes:
             batch["time_ids"] = np.stack([time_ids(r.size, size, r.scaled) for r in records])
@@ -105,6 +105,31 @@ class Dataset:
             entries = [self.moments[latents.key(record, size)] for record in records]
             return batch | {"moments": np.stack(entries)}
         return batch | {"pixel_values": np.stack([source.pixels(r, size) for r in records])}
+
+    def texts(self, prompts: Sequence[str]) -> Batch:
+        """Token ids of prompts, or the states that are kept of them."""
+        if self.text is None:
+            return {
+                name: np.stack([tokenizer.encode(text, self.repeats) for text in prompts])
+                for name, tokenizer in zip(TEXT_INPUTS.values(), self.tokenizers, strict=False)
+            }
+        keys = [text_states.key(self.ids(text)) for text in prompts]
+        return {n: np.stack([self.text[key, n] for key in keys]) for n in self.text_names}
+
+    def ids(self, prompt: str) -> list[np.ndarray]:
+        """A prompt's token ids of each text encoder."""
+        return [tokenizer.encode(prompt, self.repeats) for tokenizer in self.tokenizers]
+
+    @property
+    def text_names(self) -> Sequence[str]:
+        """Names of what the text encoders give to the UNet."""
+        return TEXT_STATES if self.with_sizes else TEXT_STATES[:1]
+
+    @property
+    def prompts(self) -> list[list[np.ndarray]]:
+        """The token ids of every prompt that a batch can hold, for `text_states.cache`."""
+        texts = dict.fromkeys(p for record in self.records for p in source.prompts(record))
+        return [self.ids(text) for text in texts]
 
 
 def time_ids(original: tuple[int, int], size: tuple[int, int], scaled: bool = True) -> np.ndarray:

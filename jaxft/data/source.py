@@ -122,6 +122,11 @@ def prompt(record: Record, pick: int) -> str:
     return captions.fill(template, record.word_names, record.caption)
 
 
+def prompts(record: Record) -> list[str]:
+    """All prompts that `prompt` can give for the record."""
+    return [prompt(record, pick) for pick in range(len(record.templates))]
+
+
 def _bytes(path: Path) -> bytes:
     try:
         if not path.is_file():  # a pipe would wait for ever

@@ -1,0 +1,159 @@
+"""What is computed once, before the first step: the latents of images, the states of prompts."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft import mesh as meshes
+from jaxft import params
+from jaxft import plan as plans
+from jaxft import step as steps
+from jaxft.data import latents, text_states
+from jaxft.data.disk import Disk, Memory
+from jaxft.data.loader import Dataset
+from jaxft.diffusion import conditioning
+from jaxft.models import clip, vae
+from jaxft.models.vae import AutoencoderKL
+from jaxft.params import abstract
+from jaxft.plan import Plan
+from jaxft.shapes import TEXT_STATES
+from jaxft.step import Weights
+
+PROMPTS_AT_ONCE = 8
+"""On a device."""
+
+ENCODER = ("encoder.", "quant_conv.")
+"""Beginnings of the names of the VAE's weights that moments depend on."""
+
+
+def fill(
+    made: Plan,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+    stopped: Callable[[], object] = lambda: False,
+) -> Plan:
+    """The plan with the moments and states that its data sets want to be kept.
+
+    Args:
+        made: the plan.
+        say: gets what a user should know.
+        stopped: where it is true, the caches are left as far as they are.
+
+    Raises:
+        UserError: an image is gone or changed, or a cache's folder cannot be used.
+    """
+    datasets = list(made.datasets)
+    for key, field, compute in (
+        ("cache_latents", "moments", _moments),
+        ("cache_text", "text", _texts),
+    ):
+        # Data sets that share a folder share what they compute.
+        by_folder: dict[str | None, list[Dataset]] = {}
+        for dataset in datasets:
+            if made.config.data[dataset.name][key]:
+                folder = made.config.data[dataset.name].cache_dir
+                by_folder.setdefault(folder, []).append(dataset)
+        if by_folder:
+            stores = compute(made, by_folder, say, stopped)
+            datasets = [replace(d, **{field: stores.get(d.name)}) for d in datasets]
+    return made._replace(datasets=datasets)
+
+
+Stores = dict[str, Memory | Disk]
+"""Of each data set."""
+
+Folders = Mapping[str | None, Sequence[Dataset]]
+"""Folder of a cache (None: in memory) -> the data sets that it is for."""
+
+
+def _moments(made: Plan, by_folder: Folders, say: Any, stopped: Any) -> Stores:
+    config, weights = made.model.parts["vae"]
+    graphdef, _ = abstract(lambda: AutoencoderKL(config))
+    where, workers = meshes.batch_sharding(made.mesh), max(made.config.train.workers, 1)
+    on_devices = _when_needed(made, {"vae": weights}, np.float32)
+    compute = jax.jit(lambda w, pixels: steps.encode_pixels(graphdef, w["vae"], pixels))
+    depends = {
+        "recipe": latents.RECIPE,
+        "vae": params.digest({n: w for n, w in weights.items() if n.startswith(ENCODER)}),
+        "config": _told(config, vae.FREE),
+    }
+    stores: Stores = {}
+    for folder, datasets in by_folder.items():
+        store = latents.cache(
+            [wanted for dataset in datasets for wanted in dataset.wanted],
+            lambda pixels: np.asarray(compute(on_devices(), jax.device_put(pixels, where))),
+            batch_size=made.mesh.size,
+            workers=workers,
+            store=_store(folder, "latents", depends, workers=workers, say=say),
+            stopped=stopped,
+        )
+        stores |= {dataset.name: store for dataset in datasets}
+    return stores
+
+
+def _texts(made: Plan, by_folder: Folders, say: Any, stopped: Any) -> Stores:
+    config, family = made.config, made.model.family
+    parts = {name: made.model.parts[name] for name in family.text_encoders}
+    dtype = np.dtype(plans.COMPUTE[config.mixed_precision])
+    networks = {n: abstract(lambda n=n: family.networks[n](parts[n].config))[0] for n in parts}
+    where, workers = meshes.batch_sharding(made.mesh), max(config.train.workers, 1)
+    on_devices = _when_needed(made, {name: part.params for name, part in parts.items()}, dtype)
+    clip_skip, final_norm = family.text_layer(config.model.clip_skip, config.model.clip_final_norm)
+    depends = {
+        "recipe": text_states.RECIPE,
+        "text_encoders": {
+            name: [params.digest(part.params), _told(part.config, clip.FREE)]
+            for name, part in parts.items()
+        },
+        "clip_skip": clip_skip,
+        "final_norm": final_norm,
+        "dtype": dtype.name,
+    }
+
+    @jax.jit
+    def compute(weights: Weights, ids: list[jax.Array]) -> Any:
+        encoders = [params.bind(networks[name], weights[name]) for name in parts]
+        options = {"clip_skip": clip_skip, "final_norm": final_norm}
+        return conditioning.encode_text(encoders, ids, **options)
+
+    def encode(ids: list[np.ndarray]) -> dict[str, np.ndarray]:
+        states = compute(on_devices(), jax.device_put(ids, where))
+        return dict(zip(TEXT_STATES, map(np.asarray, states), strict=True))
+
+    stores: Stores = {}
+    for folder, datasets in by_folder.items():
+        store = text_states.cache(
+            [ids for dataset in datasets for ids in dataset.prompts],
+            encode,
+            names=datasets[0].text_names,
+            batch_size=PROMPTS_AT_ONCE * made.mesh.size,
+            store=_store(folder, "prompts", depends, workers=workers, say=say),
+            stopped=stopped,
+        )
+        stores |= {dataset.name: store for dataset in datasets}
+    return stores
+
+
+def _when_needed(made: Plan, weights: Weights, dtype: Any) -> Callable[[], Weights]:
+    """Casts weights and puts them on the devices when they are asked for, once."""
+
+    @functools.cache
+    def put() -> Weights:
+        cast = {name: params.cast(part, dtype) for name, part in weights.items()}
+        return jax.device_put(cast, meshes.shardings(made.mesh, cast))
+
+    return put
+
+
+def _told(config: Mapping[str, Any], free: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a `config.json` that change what its network computes."""
+    return {name: config.get(name, default) for name, default in free.items()}
+
+
+def _store(folder: str | None, kind: str, depends: Mapping[str, Any], **options: Any):
+    return Disk(Path(folder).expanduser() / kind, depends, **options) if folder else Memory()
