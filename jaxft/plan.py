@@ -283,7 +283,7 @@ def _group_line(plan: Plan, group: Group) -> str:
     ]
     networks = [part.params for name, part in parts.items() if name.startswith(group.network)]
     total = sum(map(params.count, networks))
-    weights = int(sum(own)) + sum(adapter.count for adapter in low)
+    weights = int(sum(own)) + sum(adapter.size for adapter in low)
     tensors = f"{len(own)} tensors"
     if low:
         ranks, scales = ({getattr(one, what) for one in low} for what in ("rank", "scale"))

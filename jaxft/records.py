@@ -130,7 +130,7 @@ def merged(plan: Plan, trained: Trained) -> Model:
     parts = {}
     for network, component in plan.model.parts.items():
         if network in trained or network in factors:
-            weights = component.params | trained.get(network, {})
+            weights = {**component.params, **trained.get(network, {})}
             weights = low_rank.merge(weights, factors.get(network, {}))
             parts[network] = component._replace(params=weights)
     return plan.model.replace(**parts)

@@ -44,7 +44,7 @@ class Adapter(NamedTuple):
         return self.alpha / self.rank
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         """Scalars in the factors."""
         return self.rank * (self.shape[0] + math.prod(self.shape[1:]))
 
