@@ -84,8 +84,8 @@ def restore(saved: Saved, sizes: Sequence[Size], nearest: Buckets) -> tuple[Buck
         nearest: each image with the nearest of the saved sizes, for those the table does not know.
     """
     guesses = [nearest.sizes[bucket] for bucket in nearest.assignment.tolist()]
-    known = saved.trained
-    chosen = [known[s] if s in known else g for s, g in zip(sizes, guesses, strict=True)]
+    known = dict(zip(sizes, guesses, strict=True)) | saved.trained
+    chosen = [known[size] for size in sizes]
     used = set(chosen)
     kept = [size for size in saved.sizes if size in used]
     place = {size: index for index, size in enumerate(kept)}
