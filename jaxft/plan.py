@@ -157,9 +157,17 @@ def _datasets(
 
 
 def _source_options(options: Config) -> dict[str, Any]:
-    template = options.prompt_template
-    path = configs.find_shipped(template) if template else None
-    return {**options.to_dict(), "prompt_template": path}
+    template, where = options.prompt_template, options.to_dict()
+    where["prompt_template"] = configs.find_shipped(template) if template else None
+    if isinstance(where["caption_file"], dict):
+        where["caption_file"] = compat.build(
+            where["caption_file"], "caption loader", "caption_file"
+        )
+    where["text_transforms"] = [
+        compat.build(node, "text transform", f"text_transforms.{name}")
+        for name, node in where["text_transforms"].items()
+    ]
+    return where
 
 
 def _truncated(dataset: Dataset) -> list[str]:

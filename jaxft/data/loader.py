@@ -12,7 +12,7 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from jaxft.data import captions, latents, source
+from jaxft.data import latents, prompts, source
 from jaxft.data.buckets import BatchPlan, Buckets
 from jaxft.data.tokens import Tokenizer
 from jaxft.shapes import TEXT_INPUTS
@@ -70,14 +70,18 @@ class Dataset:
 
     @property
     def truncated(self) -> list[str]:
-        """Names of the images whose prompt, in its longest template, is cut off at the end."""
-        prompts = {
-            record.path.name: captions.fill(
-                max(record.templates, key=len), record.word_names, record.caption
-            )
-            for record in self.records
-        }
-        return [n for n, text in prompts.items() if not self.tokenizers[0].fits(text, self.repeats)]
+        """Names of the images whose prompt, as long as it can be, is cut off at the end."""
+        tokenizer = self.tokenizers[0]
+        recipes: dict[int, prompts.Recipe] = {}
+        names = []
+        for record in {record.path: record for record in self.records}.values():
+            how = record.recipe
+            if id(how) not in recipes:  # one for each source
+                recipes[id(how)] = prompts.with_longest_templates(how, tokenizer.length)
+            longest = prompts.longest(record.captions, recipes[id(how)], tokenizer.length)
+            if not tokenizer.fits(longest, self.repeats):
+                names.append(record.path.name)
+        return names
 
     def batch(self, n: int, rows: slice = slice(None)) -> Batch:
         """Batch n, or some rows of it (the share of one process among several).
