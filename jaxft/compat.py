@@ -15,7 +15,8 @@ from typing import Any
 
 from ml_collections import FrozenConfigDict
 
-from jaxft.data import buckets
+from jaxft.data import buckets, text_transforms
+from jaxft.data.captions import Place
 from jaxft.diffusion.scheduler_config import SAMPLERS
 from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder
@@ -34,6 +35,31 @@ def vae(pretrained_model_name_or_path: str, *, subfolder: str = "") -> diffusers
     """The VAE in a local folder (its `config.json` and weights), or in a pipeline's `subfolder`."""
     return diffusers_folder.read_component(Path(pretrained_model_name_or_path) / subfolder, "vae")
 
+
+def caption_loader(form: str, path: str) -> Place:
+    """Captions in one form, whatever else a folder holds."""
+    return Place(Path(path), form)
+
+
+def template_fill(
+    word_names: Mapping[str, object] | None = None,
+) -> text_transforms.TemplateFill:
+    """Where a text is put into its template."""
+    return text_transforms.TemplateFill(word_names)
+
+
+_LOADERS = {"TXTCaptionLoader": "text", "JsonCaptionLoader": "json", "YamlCaptionLoader": "yaml"}
+
+_TEXT_TRANSFORMS = {
+    "hcpdiff.utils.caption_tools.TagShuffle": text_transforms.tag_shuffle,
+    "hcpdiff.utils.caption_tools.TagDropout": text_transforms.tag_dropout,
+    "hcpdiff.utils.caption_tools.TagErase": text_transforms.tag_erase,
+    "hcpdiff.utils.caption_tools.TemplateFill": template_fill,
+    "jaxft.CaptionDropout": text_transforms.caption_dropout,
+    "jaxft.Wildcards": text_transforms.wildcards,
+    "jaxft.Prefix": text_transforms.prefix,
+    "jaxft.Suffix": text_transforms.suffix,
+}
 
 TARGETS: dict[str, tuple[str, Callable[..., Any]]] = {
     "hcpdiff.data.bucket.RatioBucket.from_files": ("bucket", buckets.ratio_buckets_from_files),
@@ -58,6 +84,12 @@ TARGETS: dict[str, tuple[str, Callable[..., Any]]] = {
     "prodigyopt.Prodigy": ("optimizer", prodigy),
     "diffusers.AutoencoderKL.from_pretrained": ("vae", vae),
     **{f"diffusers.{name}": ("sampler", partial(scheduler, name)) for name in SAMPLERS},
+    **{name: ("text transform", function) for name, function in _TEXT_TRANSFORMS.items()},
+    **{
+        f"hcpdiff.data.{module}{name}": ("caption loader", partial(caption_loader, form))
+        for module in ("caption_loader.", "")
+        for name, form in _LOADERS.items()
+    },
 }
 """Name -> (kind of thing, function of its options)."""
 

@@ -278,6 +278,7 @@ def _settle(
             node = node[key]
         del node[last]
     foreign.take_out(tree, notices, problems)
+    foreign.unwrap(tree)
     tree = schemas.name_items(tree, reference.tree)
     tree = schemas.fill(reference, tree, lambda _: False, unknown)
     problems += [_unknown_key(key, reference) for key in unknown]

@@ -45,19 +45,6 @@ def _one_of(*harmless: Any) -> Callable[[Any, Mapping[str, Any]], bool]:
     return lambda value, siblings: any(value == one for one in harmless)
 
 
-def _fills_the_template(value: Any, source: Mapping[str, Any]) -> bool:
-    """Whether `text_transforms` are what a source does anyway: Compose([TemplateFill])."""
-
-    def short(node: Any) -> dict[str, Any]:
-        node = node if isinstance(node, dict) else {}
-        return {**node, "_target_": str(node.get("_target_")).rsplit(".", 1)[-1]}
-
-    fill = {"_target_": "TemplateFill", "word_names": source.get("word_names")}
-    node = short(value)
-    steps = node.get("transforms") if node["_target_"] == "Compose" else [value]
-    return value is None or (isinstance(steps, list) and [short(step) for step in steps] == [fill])
-
-
 _NOTHING = _one_of(None, [], {}, 0)
 _PLAIN_MSE = _one_of(
     {"_target_": "torch.nn.MSELoss", "reduction": "none"},
@@ -124,10 +111,6 @@ REFUSED: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
         "sources are hcpdiff.data.source.Text2ImageSource or Text2ImageAttMapSource",
     ),
     "data.*.source.*.att_mask": (_NOTHING, "no attention masks"),
-    "data.*.source.*.text_transforms": (
-        _fills_the_template,
-        "captions are put into prompt_template with word_names, nothing else",
-    ),
     "data.*.source.*.image_transforms": (_NOTHING, "images are resized and cropped, nothing else"),
     "condition": (_NOTHING, "images are made from text alone"),
     "ex_input": (_NOTHING, "images are made from text alone"),
@@ -140,7 +123,10 @@ REFUSED: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
 """Pattern -> (whether a value, beside its siblings, asks for no more than jaxft does; what it
 does)."""
 
-_PATTERNS = {tuple(key.split(".")) for key in (*IGNORED, *REFUSED)}
+OLDER: dict[str, str] = {"data.*.source.*.tag_transforms": "text_transforms"}
+"""Pattern of an older spelling -> the key that it stands for, beside it."""
+
+_PATTERNS = {tuple(key.split(".")) for key in (*IGNORED, *REFUSED, *OLDER)}
 
 
 def known(path: Path) -> bool:
@@ -174,13 +160,37 @@ def take_out(tree: dict[str, Any], notices: list[Problem], problems: list[Proble
         for path, value, siblings in _pop(tree, tuple(key.split(".")), ()):
             if not harmless(value, siblings):
                 problems.append((path, f"not supported: {reason}"))
+    for key, newer in OLDER.items():
+        for _, value, siblings in _pop(tree, tuple(key.split(".")), ()):
+            siblings[newer] = value
     for (key, value), (instead, reason) in REPLACED.items():
         if tree.get(key) == value:
             tree[key] = instead
             notices.append(((key,), f"{value} is taken as {instead}: {reason}"))
 
 
-def _pop(node: Any, pattern: Path, path: Path) -> list[tuple[Path, Any, Mapping[str, Any]]]:
+def unwrap(tree: dict[str, Any]) -> None:
+    """Makes lists of the compositions of a resolved configuration, in place: torchvision's
+    `Compose` of several transforms, or one transform by itself."""
+    for source in _children(_children([tree], "data"), "source"):
+        node = source.get("text_transforms")
+        if isinstance(node, dict) and isinstance(node.get("transforms"), list):
+            source["text_transforms"] = node["transforms"]
+        elif isinstance(node, dict) and isinstance(node.get("_target_"), str):
+            source["text_transforms"] = [node]
+
+
+def _children(nodes: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    """The mappings in the mappings or lists of that key."""
+    found: list[dict[str, Any]] = []
+    for node in nodes:
+        inner = node.get(key)
+        items = inner.values() if isinstance(inner, dict) else inner or ()
+        found += [item for item in items if isinstance(item, dict)]
+    return found
+
+
+def _pop(node: Any, pattern: Path, path: Path) -> list[tuple[Path, Any, dict[str, Any]]]:
     """Takes out what matches: path, value and siblings of each. Emptied mappings go as well."""
     if not isinstance(node, dict):
         return []

@@ -17,7 +17,7 @@ from jaxft import cli, compat, gallery, params, report, selection
 from jaxft import config as configs
 from jaxft import mesh as meshes
 from jaxft.config import Config
-from jaxft.data import bucket_table, source
+from jaxft.data import bucket_table, prompts, source
 from jaxft.data.batches import BatchPlan
 from jaxft.data.buckets import Buckets, Size
 from jaxft.data.loader import Dataset
@@ -185,7 +185,12 @@ def _check_text_caches(config: Config, labels: Labels, datasets: Sequence[Datase
         if any(own for name, own in labels.items() if name.removeprefix("lora_") in TEXT_INPUTS):
             raise UserError(f"{key}: a text encoder is trained, so it must be false")
         for record in dataset.records:
-            if (count := len(source.prompts(record))) > MAX_PROMPTS:
+            if record.recipe.draws:
+                raise UserError(
+                    f"{key}: the text_transforms of {record.path.name} make other prompts in every "
+                    "epoch, which are not known before; use false"
+                )
+            if (count := len(prompts.every(record.captions, record.recipe))) > MAX_PROMPTS:
                 raise UserError(
                     f"{key}: {record.path.name} has {count} prompts, of which at most "
                     f"{MAX_PROMPTS} are encoded; use a prompt_template of fewer lines, or false"
@@ -193,9 +198,17 @@ def _check_text_caches(config: Config, labels: Labels, datasets: Sequence[Datase
 
 
 def _source_options(options: Config) -> dict[str, Any]:
-    template = options.prompt_template
-    path = configs.find_shipped(template) if template else None
-    return {**options.to_dict(), "prompt_template": path}
+    template, where = options.prompt_template, options.to_dict()
+    where["prompt_template"] = configs.find_shipped(template) if template else None
+    if isinstance(where["caption_file"], dict):
+        where["caption_file"] = compat.build(
+            where["caption_file"], "caption loader", "caption_file"
+        )
+    where["text_transforms"] = [
+        compat.build(node, "text transform", f"text_transforms.{name}")
+        for name, node in where["text_transforms"].items()
+    ]
+    return where
 
 
 def _truncated(dataset: Dataset) -> list[str]:

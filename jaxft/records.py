@@ -164,7 +164,7 @@ def described(plan: Plan) -> dict[str, str]:
     words = {
         word
         for record in records
-        for name, word in record.word_names.items()
+        for name, word in record.recipe.word_names.items()
         if word and name.startswith("pt")
     }
     rates = {group.network: group.lr for group in reversed(plan.selection.groups)}
@@ -186,7 +186,7 @@ def described(plan: Plan) -> dict[str, str]:
     }
     return modelspec.training(
         base=config.model.pretrained_model_name_or_path,
-        captions=[record.caption for record in records],
+        captions=[text for record in records for text in record.captions],
         words=sorted(words),
         settings=settings,
     )

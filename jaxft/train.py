@@ -235,6 +235,7 @@ def _fingerprint(plan: Plan) -> str:
     """SHA-256 of all that the batches are made of."""
     lines = [
         f"{dataset.name} {dataset.plan.batch_size} {record.digest} {size} {prompt(record, 0)}"
+        + "".join(record.captions[1:])
         for dataset in plan.datasets
         for record, size in dataset.wanted
     ]

@@ -34,7 +34,7 @@ OWNERS = {
     "sklearn": {"data.buckets"},
     "tensorboardX": {"log"},
     "transformers": {"data.tokens"},
-    "yaml": {"config"},
+    "yaml": {"config", "data.caption_tables"},
 }
 """Library -> the modules that may import it."""
 

@@ -253,8 +253,12 @@ def test_a_faulty_interpolation_is_named(write, value, says):
         ("data: {d: {_target_: a.CropInfoPairDataset}}", "data.d._target_: not supported: "),
         ("data: {d: {source: {s: {att_mask: m}}}}", "data.d.source.s.att_mask: not supported: "),
         (
-            "data: {d: {source: {s: {img_root: i, text_transforms: {_target_: x.TagShuffle}}}}}",
-            "data.d.source.s.text_transforms: not supported: ",
+            "data: {d: {source: {s: {text_transforms: [3]}}}}",
+            "data.d.source.s.text_transforms.0: must be a mapping with `_target_`",
+        ),
+        (
+            "data: {d: {source: {s: {caption_file: {path: x}}}}}",
+            "data.d.source.s.caption_file: must be text or a mapping with `_target_` or null",
         ),
     ],
 )

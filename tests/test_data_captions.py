@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -8,7 +9,9 @@ from jaxft.data import captions
 from jaxft.errors import UserError
 
 NAMES = ["1.png", "2.PNG", "a.b.jpg", "é.webp"]
-TEXTS = {"1": "one", "2": "two, {braces} {pt1}", "a.b": "three\nlines", "é": "vier ünïcode 猫"}
+TEXTS = {"1": "one", "2": "two, {braces} {pt1}", "a.b": "three, lines", "é": "vier ünïcode 猫"}
+READ = ([(text,) for text in TEXTS.values()], [], [])
+SEVERAL = "one\r\n\n two \nthree\n"
 
 
 def write(folder, names_to_bytes):
@@ -22,31 +25,148 @@ def text_files(folder, encoding="utf-8"):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_text_files(tmp_path, encoding):
-    assert captions.load(text_files(tmp_path, encoding), NAMES) == (list(TEXTS.values()), [], [])
+@pytest.mark.parametrize("suffix", [".txt", ".caption"])
+def test_text_files(tmp_path, encoding, suffix):
+    for path in text_files(tmp_path, encoding).iterdir():
+        path.rename(path.with_name(path.name.removesuffix(".txt") + suffix))
+    assert captions.load(tmp_path, NAMES) == READ
+
+
+def json_lines(table):
+    rows = ({"file_name": name, "text": text} for name, text in table.items())
+    return "\n".join(json.dumps(row) for row in rows)
+
+
+TABLES = {
+    "captions.json": json.dumps,
+    "captions.yaml": lambda table: yaml.safe_dump(table, allow_unicode=True),
+    "metadata.jsonl": json_lines,
+    "meta_cap.json": lambda table: json.dumps({n: {"caption": t} for n, t in table.items()}),
+    "meta_tags.json": lambda table: json.dumps({n: {"tags": t} for n, t in table.items()}),
+}
 
 
 @pytest.mark.parametrize("suffix", [False, True])
 @pytest.mark.parametrize("as_folder", [False, True])
-def test_json(tmp_path, suffix, as_folder):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("name", TABLES)
+def test_tables(tmp_path, name, encoding, suffix, as_folder):
     keys = NAMES if suffix else TEXTS
-    path = tmp_path / "captions.json"
-    table = dict(zip(keys, TEXTS.values(), strict=True))
-    path.write_text(json.dumps(table, ensure_ascii=False), "utf-8")
-    loaded = captions.load(tmp_path if as_folder else path, NAMES)
-    assert loaded == (list(TEXTS.values()), [], [])
+    text = TABLES[name](dict(zip(keys, TEXTS.values(), strict=True)))
+    path = tmp_path / name
+    path.write_bytes(text.encode(encoding))
+    assert captions.load(tmp_path if as_folder else path, NAMES) == READ
+
+
+def test_kohyas_tags_come_behind_the_caption(tmp_path):
+    path = tmp_path / "meta.json"
+    entry = {"caption": "a cat\na dog", "tags": "red, blue", "train_resolution": [64, 64]}
+    path.write_text(json.dumps({"1": entry, "2": {"tags": ["x", "y"]}}))
+    loaded = captions.load(path, ["1.png", "2.png"], several="random")
+    assert loaded == ([("a cat, red, blue", "a dog, red, blue"), ("x, y",)], [], [])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("1.txt", SEVERAL),
+        ("c.json", json.dumps({"1": SEVERAL})),
+        ("c.json", json.dumps({"1": ["one", "two", "three"]})),
+        ("c.yaml", "1: [one, two, three]"),
+        ("c.yaml", "1:\n- one\n- |\n  two\n  three"),
+        ("c.jsonl", json.dumps({"file_name": "1.png", "text": ["one", "two", "three"]})),
+    ],
+)
+def test_several_lines(tmp_path, name, text):
+    write(tmp_path, {name: text.encode()})
+    results = {
+        several: captions.load(tmp_path, ["1.png"], several=several)
+        for several in ("first", "random", "join")
+    }
+    assert results["first"] == ([("one",)], [], [])
+    assert results["random"] == ([("one", "two", "three")], [], [])
+    assert results["join"] == ([("one two three",)], [], [])
+    (problem,) = captions.load(tmp_path, ["1.png"]).problems
+    assert "1.png" in problem
+    assert "caption_lines" in problem
+
+
+def test_yaml_is_text_as_it_is_written(tmp_path):
+    text = "01: no\n1_000.png: 2023\n3: 1girl, solo\n4: 2020-01-01\n5: ''\nnull: 1e3\n"
+    write(tmp_path, {"c.yaml": text.encode()})
+    names = ["01.png", "1_000.png", "3.png", "4.png", "5.png", "null.png"]
+    texts = captions.load(tmp_path, names).texts
+    assert [line for (line,) in texts] == ["no", "2023", "1girl, solo", "2020-01-01", "", "1e3"]
+
+
+def test_images_in_subfolders(tmp_path):
+    names = ["1.png", "sub/1.png", "sub/deep/1.png"]
+    (tmp_path / "sub" / "deep").mkdir(parents=True)
+    for name in names:
+        (tmp_path / name).with_suffix(".txt").write_text(name)
+    wanted = ([(name,) for name in names], [], [])
+    assert captions.load(tmp_path, names) == wanted
+    for keys in (names, ["./1", r"sub\1", "sub//deep/1.png"]):
+        path = tmp_path / "c.json"
+        path.write_text(json.dumps(dict(zip(keys, names, strict=True))))
+        assert captions.load(path, names) == wanted
+
+
+def test_a_form_can_be_named(tmp_path):
+    text_files(tmp_path)
+    write(tmp_path, {"c.json": json.dumps(dict.fromkeys(TEXTS, "json")).encode(), "d.yaml": b"{}"})
+    assert captions.load(captions.Place(tmp_path, "text"), NAMES) == READ
+    assert captions.load(captions.Place(tmp_path, "json"), NAMES).texts == [("json",)] * 4
+    (tmp_path / "c.json").rename(tmp_path / "c.dat")
+    assert captions.load(captions.Place(tmp_path / "c.dat", "json"), NAMES).texts[0] == ("json",)
+
+
+OUTSIDE = [
+    "/etc/passwd",
+    "/1.png",
+    "../1.png",
+    "sub/../../1.png",
+    "sub/../1.png",
+    "..",
+    r"..\1.png",
+    r"C:\images\1.png",
+    "C:/images/1.png",
+    r"\\server\share\1.png",
+    "//server/share/1.png",
+    "~/1.png",
+    "1\0.png",
+]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_names_that_lead_out_of_the_folder_are_refused(tmp_path, name):
+    for file, text in {
+        "c.json": json.dumps({"1": "x", name: "y"}),
+        "d.jsonl": json_lines({"1.png": "x", name: "y"}),
+        "e.yaml": "1: x\n" + json.dumps({name: "y"})[1:-1],
+    }.items():
+        write(tmp_path, {file: text.encode()})
+        (problem,) = captions.load(tmp_path / file, ["1.png"], root=tmp_path).problems
+        assert problem.startswith(f"{file}: {name!r} ")
+
+
+def test_a_whole_path_below_the_folder_is_inside(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({str(tmp_path / "sub" / "1.png"): "x"}))
+    assert captions.load(path, ["sub/1.png"], root=tmp_path) == ([("x",)], [], [])
+    assert captions.load(path, ["sub/1.png"], root=tmp_path / "other").problems
 
 
 def test_names_match_across_unicode_forms_and_case_of_the_suffix(tmp_path):
     write(tmp_path, {"e\N{COMBINING ACUTE ACCENT}.TXT": b"four"})
-    assert captions.load(tmp_path, ["é.png", "é.JPG"]).texts == ["four", "four"]
+    assert captions.load(tmp_path, ["é.png", "é.JPG"]).texts == [("four",), ("four",)]
     path = tmp_path / "captions.json"
     path.write_text('{"x.PNG": "x", "y.png": "y"}')
-    assert captions.load(path, ["x.png", "y.PNG"]).texts == ["x", "y"]
+    assert captions.load(path, ["x.png", "y.PNG"]).texts == [("x",), ("y",)]
 
 
 def test_none_means_no_captions():
-    assert captions.load(None, NAMES) == ([""] * 4, [], [])
+    assert captions.load(None, NAMES) == ([("",)] * 4, [], [])
 
 
 def test_every_image_without_a_caption_is_named(tmp_path):
@@ -83,8 +203,8 @@ def test_what_does_not_decode_is_named_with_its_byte(tmp_path, data, reason):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ('{"a": 1}', "'a' is int"),
-        ('{"a": null}', "'a' is NoneType"),
+        ('{"a": 1}', "'a' is 1, not text"),
+        ('{"a": null}', "'a' is null"),
         ('{"a": "x", "a": "y"}', "'a' occurs more than once"),
         ('{"a": "x", "a.png": "y"}', "a.png"),
         ('{"a.png": "x", "a.PNG": "y"}', "same image"),
@@ -124,60 +244,3 @@ def test_any_bytes_give_text_or_a_named_reason(tmp_path_factory, data):
     except UserError as error:
         reason = str(error)
     assert not reason or reason.startswith("any.txt: ")
-
-
-# Templates ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("template", "words", "prompt"),
-    [
-        ("{pt1}, {caption}", {"pt1": "sks"}, "sks, CAP"),
-        ("{pt1}, {caption}", {}, "CAP"),
-        ("{pt1}, {caption}", {"pt1": " "}, "CAP"),
-        ("{caption}, {pt1}", {}, "CAP"),
-        ("{pt1}{caption}", {"pt1": "sks"}, "sksCAP"),
-        ("a photo of a {pt1} {class}", {"class": "dog"}, "a photo of a dog"),
-        ("a photo of a {pt1} {class}", {"pt1": "sks"}, "a photo of a sks"),
-        ("a photo of a {pt1} {class}, {caption}", {"pt1": "sks"}, "a photo of a sks, CAP"),
-        ("{a}, {b}, {c}, {caption}", {}, "CAP"),
-        ("{caption}, {a}, {b}, {c}", {}, "CAP"),
-        ("{a}, {b}, {c}, {d}", {"a": "1", "d": "4"}, "1, 4"),
-        ("{pt1}", {}, ""),
-        ("{{x}} {pt1}: {caption}", {}, "{x}: CAP"),
-        ("{caption}", {"caption": "instead"}, "instead"),
-    ],
-)
-def test_empty_fields_take_a_separator_along(template, words, prompt):
-    assert captions.fill(template, words, "CAP") == prompt
-
-
-@given(st.text(), st.text(), st.sampled_from(["{pt1}, {caption}", "{none} {caption}, {none}"]))
-def test_captions_are_never_changed(caption, word, template):
-    prompt = captions.fill(template, {"pt1": word}, caption)
-    if caption.strip():
-        assert caption in prompt
-
-
-@given(st.dictionaries(st.sampled_from("abc"), st.sampled_from(["x", "y z", "u, v"]), min_size=3))
-def test_full_fields_are_str_format(words):
-    template = "one {a},{b}  two {c} . "
-    assert captions.fill(template, words, "") == template.format(**words)
-
-
-def test_template_files(tmp_path):
-    path = tmp_path / "t.txt"
-    path.write_text("a {pt1}\n\n  a photo of {class}, {caption} \n")
-    assert captions.load_templates(path) == ("a {pt1}", "a photo of {class}, {caption}")
-    for text in ("", "{pt1.__class__}", "{0}", "{a", "{a!r}", "{a:>9999999}", "{}"):
-        path.write_text(text)
-        with pytest.raises(UserError, match=r"t\.txt"):
-            captions.load_templates(path)
-    with pytest.raises(UserError, match=r"none\.txt"):
-        captions.load_templates(tmp_path / "none.txt")
-
-
-@pytest.mark.parametrize("word", [None, 1, ["a", "b"], True])
-def test_words_are_text(word):
-    with pytest.raises(UserError, match=r"word_names\.pt1"):
-        captions.check_word_names({"class": "dog", "pt1": word})

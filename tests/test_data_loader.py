@@ -82,7 +82,7 @@ def test_shapes_count_images_and_batches(parts):
 
 def test_prompts_that_lose_their_end_are_told(parts):
     records, shaped, tokenizer = parts
-    long = records[4]._replace(caption=records[4].caption + " word" * 40)
+    long = records[4]._replace(captions=(records[4].captions[0] + " word" * 40,))
     changed = ([*records[:4], long, *records[5:]], shaped, tokenizer)
     assert dataset(parts).truncated == []
     assert dataset(changed).truncated == [long.path.name]

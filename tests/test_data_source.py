@@ -20,8 +20,8 @@ def test_records_of_a_folder(tmp_path):
     for record in records:
         with Image.open(record.path) as image:
             assert record.size == image.size
-        assert record.caption == f"photo {record.path.stem} of the cat"
-        assert source.prompt(record, 12345) == record.caption
+        assert record.captions == (f"photo {record.path.stem} of the cat",)
+        assert source.prompt(record, 12345) == record.captions[0]
     assert len({record.digest for record in records}) == 7
     assert notices == [f"{folder}: ignored files: 1 .md"]
 

@@ -104,7 +104,7 @@ def test_the_class_set_asks_for_the_class_and_for_what_training_showed():
 
 def test_the_class_set_is_what_the_script_asks_for(offline):
     records = source.index("builtin:demo/class", caption_file="builtin:demo/class").records
-    assert [class_set.Wanted(record.size, record.caption) for record in records] == (
+    assert [class_set.Wanted(record.size, *record.captions) for record in records] == (
         class_set.wanted(0)
     )
 

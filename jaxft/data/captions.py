@@ -1,142 +1,237 @@
-"""Captions of a folder of images, and the prompt templates that they are put into."""
+"""Captions of a folder of images: files beside them, or one table for all."""
 
-import json
-import string
+import re
 import unicodedata
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Literal, NamedTuple
 
+from jaxft.data.caption_tables import READERS, Lines, Row, lines_of
 from jaxft.data.images import SUFFIXES
 from jaxft.errors import UserError
+
+TEXT_SUFFIXES = (".txt", ".caption")
+FILES = frozenset(TEXT_SUFFIXES).union(*(suffixes for suffixes, _ in READERS.values()))
+"""Suffixes of all files that hold captions, casefolded."""
+
+MAX_CHARACTERS = 20_000
+"""Of one caption: more is another kind of file, and costs seconds in every batch."""
+
+_MAX_BYTES = {"text": 2**20, "table": 2**30}
+"""Larger files are refused before they are read."""
+
+Several = Literal["first", "random", "join"]
 
 
 class Captions(NamedTuple):
     """What was read for a list of images."""
 
-    texts: list[str]
-    """One for each image, stripped; '' where there is none."""
+    texts: list[Lines]
+    """For each image its captions, of which one is drawn; '' where there is none."""
     problems: list[str]
     """What makes the captions unusable: each names a file, a key or an image."""
     notices: list[str]
     """What a user should know and need not mend."""
 
 
-def load(caption_file: str | Path | None, names: Sequence[str]) -> Captions:
-    """The captions of the image files `names`.
+class Place(NamedTuple):
+    """Where captions are, and in which form: a key of `caption_tables.READERS`, or `text`."""
 
-    `caption_file` is None (no captions), a folder with one `.txt` for each image or one `.json`
-    for all of them, or that `.json` itself: `{"1": "text"}` or `{"1.png": "text"}`.
+    path: Path
+    form: str | None = None
+    """None: as the names of the files say."""
+
+
+def load(
+    caption_file: str | Path | Place | None,
+    names: Sequence[str],
+    *,
+    root: Path | None = None,
+    several: Several | None = None,
+) -> Captions:
+    """The captions of the image files `names`, paths below the folder `root`.
+
+    `caption_file` is None (no captions), a folder with a `.txt` or `.caption` for each image or one
+    table for all of them, or that table: `.json`, `.yaml` or `.jsonl` (see `caption_tables`), with
+    names with or without suffix. A name that leads out of the folder is a problem.
+
+    `several` says what becomes of an image with several lines: the `first` is its caption, a
+    `random` one each time, or all of them, `join`ed by spaces. Without it they are a problem.
 
     Raises:
-        UserError: `caption_file` is neither of these.
+        UserError: `caption_file` is none of these.
     """
     if caption_file is None:
-        return Captions([""] * len(names), [], [])
-    path = Path(caption_file)
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if not p.name.startswith(".") and p.is_file())
-        texts = [p for p in files if p.suffix.casefold() == ".txt"]
-        tables = [p for p in files if p.suffix.casefold() == ".json"]
-        if len(tables) > 1 or (tables and texts):
-            raise UserError(
-                f"caption_file: the folder {path} holds {len(texts)} .txt and these .json files: "
-                f"{_some([p.name for p in tables])}; name the one .json to read, or keep the "
-                ".txt files in a folder without .json"
-            )
-        if not tables:
-            return _from_texts(texts, names)
-        path = tables[0]
-    if not path.is_file():
-        raise UserError(f"caption_file: {path} does not exist")
-    if path.suffix.casefold() != ".json":
-        raise UserError(f"caption_file: {path} is neither a folder nor a .json file")
-    return _from_json(path, names)
-
-
-def _from_texts(files: Sequence[Path], names: Sequence[str]) -> Captions:
-    """One text file for each image, of the same name up to the suffix."""
-    found: dict[str, str] = {}
+        return Captions([("",)] * len(names), [], [])
+    place = caption_file if isinstance(caption_file, Place) else Place(Path(caption_file))
+    path, form, texts = _found(place, names)
     problems: list[str] = []
+    if form == "text":
+        found, spare = _from_texts(path, texts, names, problems)
+    else:
+        rows = READERS[form][1](decode(path, _MAX_BYTES["table"]), path, problems)
+        found, spare = _from_rows(rows, names, root, path.name, problems)
+    return _settled(found, names, several, problems, spare)
+
+
+def _found(place: Place, names: Sequence[str]) -> tuple[Path, str, list[str]]:
+    """The table, or the folder of text files and their names; and the form."""
+    path, form = place
+    if not path.is_dir():
+        if not path.is_file():
+            raise UserError(f"caption_file: {path} does not exist")
+        by_suffix = _form(path.name)
+        if form == "text" or (form or by_suffix) in (None, "text"):
+            raise UserError(
+                f"caption_file: {path} is neither a folder nor a .json, .yaml or .jsonl file"
+            )
+        return path, form or str(by_suffix), []
+    files = {entry.name: _form(entry.name) for entry in sorted(path.iterdir()) if _is_file(entry)}
+    tables = [name for name, of in files.items() if of in ((form,) if form else READERS)]
+    texts = _text_files(path, names)
+    if form == "text" or (form is None and not tables):
+        return path, "text", texts
+    if len(tables) != 1 or (texts and form is None):
+        raise UserError(
+            f"caption_file: the folder {path} holds {len(texts)} .txt or .caption files and "
+            f"{_some(tables) or 'no table'}; name the one file to read, or keep text files in a "
+            "folder without .json, .yaml and .jsonl"
+        )
+    return path / tables[0], str(files[tables[0]]), []
+
+
+def _form(name: str) -> str | None:
+    suffix = PurePosixPath(name).suffix.casefold()
+    if suffix in TEXT_SUFFIXES:
+        return "text"
+    return next((form for form, (suffixes, _) in READERS.items() if suffix in suffixes), None)
+
+
+def _is_file(path: Path) -> bool:
+    return not path.name.startswith(".") and path.is_file()
+
+
+def _text_files(folder: Path, names: Sequence[str]) -> list[str]:
+    """The text files in the folders that the images are in, as paths below the folder."""
+    folders = [folder / parent for parent in sorted({PurePosixPath(n).parent for n in names})]
+    return [
+        entry.relative_to(folder).as_posix()
+        for inner in folders
+        if inner.is_dir()
+        for entry in sorted(inner.iterdir())
+        if _form(entry.name) == "text" and _is_file(entry)
+    ]
+
+
+def _from_texts(
+    folder: Path, files: Sequence[str], names: Sequence[str], problems: list[str]
+) -> tuple[list[Lines | None], list[str]]:
+    """One text file for each image, of the same name up to the suffix; and the spare ones."""
     wanted = {_stem(name) for name in names}
-    for path in files:
-        stem = _stem(path.name)
+    found: dict[str, Lines] = {}
+    chosen: dict[str, str] = {}
+    for file in files:
+        stem = _stem(file)
         if stem not in wanted:
             continue
         if stem in found:
-            problems.append(f"{path.name}: another .txt has the same name but for its spelling")
+            problems.append(f"{chosen[stem]} and {file} are captions of one image; keep one")
+        chosen[stem] = file
         try:
-            found[stem] = decode(path)
+            found[stem] = lines_of(decode(folder / file, _MAX_BYTES["text"]))
         except UserError as error:
-            found[stem] = ""
+            found[stem] = ("",)
             problems.append(str(error))
-    spare = [path.name for path in files if _stem(path.name) not in wanted]
-    return _matched([found.get(_stem(name)) for name in names], names, problems, spare)
+    spare = [file for file in files if _stem(file) not in wanted]
+    return [found.get(_stem(name)) for name in names], spare
 
 
-def _from_json(path: Path, names: Sequence[str]) -> Captions:
-    """One object of image name (with or without suffix) to text."""
-    problems: list[str] = []
-
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        counts = Counter(key for key, _ in pairs)
-        twice = [key for key, count in counts.items() if count > 1]
-        problems.extend(f"{path.name}: the key {key!r} occurs more than once" for key in twice)
-        return dict(pairs)
-
-    try:
-        table = json.loads(decode(path), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"caption_file: {path} is not JSON: {error}") from None
-    if not isinstance(table, dict):
-        raise UserError(f'caption_file: {path} must be one object, {{"image name": "caption"}}')
-    captions: dict[str, str] = {}
+def _from_rows(
+    rows: Sequence[Row], names: Sequence[str], root: Path | None, file: str, problems: list[str]
+) -> tuple[list[Lines | None], list[str]]:
+    """A table's captions; and the names in it that are no image's."""
+    captions: dict[str, Lines] = {}
     spelling: dict[str, str] = {}
-    for key, text in table.items():
-        if not isinstance(text, str):
-            problems.append(f"{path.name}: the caption of {key!r} is {type(text).__name__}")
-            text = ""
-        elif fault := _fault(text):
-            problems.append(f"{path.name}: the caption of {key!r} holds {fault}")
-        name = _folded(key)
+    for row in rows:
+        try:
+            name = _folded(_inside(row.name, root))
+        except UserError as error:
+            problems.append(f"{file}: {row.name!r} {error}")
+            continue
+        if fault := next(filter(None, map(_fault, row.lines)), ""):
+            problems.append(f"{file}: the caption of {row.name!r} holds {fault}")
         if name in captions:
-            problems.append(f"{path.name}: {spelling[name]!r} and {key!r} are the same image")
-        captions[name], spelling[name] = text.strip(), key
-    texts: list[str | None] = []
+            problems.append(f"{file}: {spelling[name]!r} and {row.name!r} are the same image")
+        captions[name], spelling[name] = row.lines, row.name
+    texts: list[Lines | None] = []
     used: set[str] = set()
     for name in names:
         hits = [key for key in (_folded(name), _stem(name)) if key in captions]
         if len({captions[key] for key in hits}) > 1:
-            problems.append(f"{name}: {path.name} has a caption with and one without the suffix")
+            problems.append(f"{name}: {file} has a caption with and one without the suffix")
         texts.append(captions[hits[0]] if hits else None)
         used.update(hits)
-    spare = [spelling[key] for key in captions if key not in used]
-    return _matched(texts, names, problems, spare)
+    return texts, [spelling[key] for key in captions if key not in used]
 
 
-def _matched(
-    texts: list[str | None], names: Sequence[str], problems: list[str], spare: list[str]
+def _inside(name: str, root: Path | None) -> str:
+    """A name as a path below the folder of the images.
+
+    Raises:
+        UserError: it leads elsewhere.
+    """
+    if "\0" in name:
+        raise UserError("holds a NUL character")
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() and root is not None:
+        parents = (root.absolute(), root.resolve())
+        path = next((path.relative_to(p) for p in parents if path.is_relative_to(p)), path)
+    drive = re.match(r"[A-Za-z]:/", str(path)) is not None
+    if path.is_absolute() or drive or path.parts[:1] == ("~",) or ".." in path.parts:
+        raise UserError("leads out of the folder of the images: write it relative to that folder")
+    return str(path)
+
+
+def _settled(
+    found: Sequence[Lines | None],
+    names: Sequence[str],
+    several: Several | None,
+    problems: list[str],
+    spare: Sequence[str],
 ) -> Captions:
-    """Captions with the images that have none and the captions that no image has reported."""
-    problems = problems + [
-        f"{name}: no caption" for name, text in zip(names, texts, strict=True) if text is None
+    """One caption for each image, or lines to draw from, and all that there is to say of them."""
+    pairs = list(zip(names, found, strict=True))
+    problems = problems + [f"{_shown(name)}: no caption" for name, lines in pairs if lines is None]
+    more = [name for name, lines in pairs if lines and len(lines) > 1]
+    if more and several is None:
+        problems.append(
+            f"captions of several lines: {_some(more)}; set caption_lines to first, random "
+            "(another each time) or join"
+        )
+    choice = {"first": lambda lines: lines[:1], "join": lambda lines: (" ".join(lines),)}
+    texts = [choice.get(several or "", tuple)(lines or ("",)) for lines in found]
+    problems += [
+        f"{_shown(name)}: its caption has {max(map(len, lines))} characters, more than "
+        f"{MAX_CHARACTERS}"
+        for name, lines in zip(names, texts, strict=True)
+        if max(map(len, lines)) > MAX_CHARACTERS
     ]
-    empty = [name for name, text in zip(names, texts, strict=True) if text == ""]
+    empty = [name for name, lines in pairs if lines == ("",)]
     notices = [f"captions that name no image: {_some(spare)}"] if spare else []
     if empty and not problems:
         notices.append(f"images whose caption is empty: {_some(empty)}")
-    return Captions([text or "" for text in texts], problems, notices)
+    return Captions(texts, problems, notices)
 
 
-def decode(path: Path) -> str:
+def decode(path: Path, max_bytes: int = _MAX_BYTES["text"]) -> str:
     """The stripped text of a file in UTF-8, or in UTF-16 with a byte order mark.
 
     Raises:
         UserError: names the file and the byte that does not decode.
     """
     try:
+        if path.stat().st_size > max_bytes:
+            raise UserError(f"{path.name}: more than {max_bytes >> 20} MiB: this is no caption")
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path.name}: {error.strerror}") from None
@@ -164,107 +259,24 @@ def _fault(text: str) -> str:
 
 def _folded(name: str) -> str:
     """A name as it is compared: composed Unicode, an image's suffix in lower case."""
-    name = unicodedata.normalize("NFC", name)
-    suffix = Path(name).suffix
+    name = str(PurePosixPath(unicodedata.normalize("NFC", name).replace("\\", "/")))
+    suffix = PurePosixPath(name).suffix
     if suffix.casefold() in SUFFIXES:
         return name.removesuffix(suffix) + suffix.casefold()
     return name
 
 
 def _stem(name: str) -> str:
-    return unicodedata.normalize("NFC", Path(name).stem)
+    path = PurePosixPath(unicodedata.normalize("NFC", name).replace("\\", "/"))
+    return str(path.with_suffix(""))
+
+
+def _shown(name: str) -> str:
+    """A name that fits on a line of a message."""
+    return name if name.isprintable() else ascii(name)
 
 
 def _some(names: Sequence[str]) -> str:
     """The first five names, and how many more there are."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
-
-
-# Prompt templates -----------------------------------------------------------------------------
-
-_SEPARATORS = " \t,"
-_CLOSING = (".", ":", ";", "!", "?", ")")  # stands right behind what comes before it
-
-
-def load_templates(path: str | Path) -> tuple[str, ...]:
-    """The lines of a prompt template file, such as `a photo of {pt1}, {caption}`; blank ones out.
-
-    Raises:
-        UserError: no such file, no line in it, or a line with a field that is not a plain name.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"prompt_template: {path} does not exist")
-    lines = tuple(line.strip() for line in decode(path).splitlines() if line.strip())
-    if not lines:
-        raise UserError(f"prompt_template: {path} has no line")
-    for line in lines:
-        try:
-            _parse(line)
-        except ValueError as error:
-            raise UserError(f"prompt_template: {path}: {line!r}: {error}") from None
-    return lines
-
-
-def check_word_names(word_names: Mapping[str, object]) -> dict[str, str]:
-    """The words to put into templates, each a string.
-
-    Raises:
-        UserError: names the first that is not.
-    """
-    for name, word in word_names.items():
-        if not isinstance(word, str):
-            raise UserError(
-                f"word_names.{name}: {word!r} is {type(word).__name__}, not text; quote it, or "
-                "write '' for nothing"
-            )
-    return {name: str(word) for name, word in word_names.items()}
-
-
-@lru_cache(maxsize=4096)
-def _parse(template: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the fields, and the text before, between and after them (one more)."""
-    gaps, names, text = [], [], ""
-    for literal, field, spec, conversion in string.Formatter().parse(template):
-        text += literal
-        if field is None:  # the end, or an escaped brace
-            continue
-        if spec or conversion or not field.replace("-", "_").isidentifier():
-            raise ValueError(f"{{{field}}} is no field; write {{pt1}}, {{class}}, {{caption}} …")
-        gaps.append(text)
-        names.append(field)
-        text = ""
-    return tuple(names), (*gaps, text)
-
-
-def fields(templates: Sequence[str]) -> set[str]:
-    """Names of the fields of all templates."""
-    return {name for template in templates for name in _parse(template)[0]}
-
-
-def fill(template: str, word_names: Mapping[str, str], caption: str) -> str:
-    """The template with its fields filled in; `{caption}` is the image's unless a word replaces it.
-
-    A field without a value takes one of the separators beside it along: `{pt1}, {caption}` without
-    pt1 is the caption alone. What is filled in is never changed.
-    """
-    values = {"caption": caption, **word_names}
-    names, gaps = _parse(template)
-    done, gap = "", gaps[0]
-    for index, (name, following) in enumerate(zip(names, gaps[1:], strict=True)):
-        value = values.get(name, "")
-        if value.strip():
-            done, gap = done + gap + value, following
-        else:
-            gap = _closed(gap, following, first=not done, last=index + 1 == len(names))
-    return done + gap
-
-
-def _closed(left: str, right: str, *, first: bool, last: bool) -> str:
-    """The text on both sides of an empty field, with the longer separator of the two between."""
-    before, after = left.rstrip(_SEPARATORS), right.lstrip(_SEPARATORS)
-    if (first and not before) or (last and not after) or after.startswith(_CLOSING):
-        return before + after
-    separators = left[len(before) :], right[: len(right) - len(after)]
-    return before + max(separators, key=len) + after
+    return ", ".join(map(_shown, names[:5])) + more

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from jaxft.data import captions, latents, source, text_states
+from jaxft.data import latents, prompts, source, text_states
 from jaxft.data.batches import BatchPlan
 from jaxft.data.buckets import Buckets
 from jaxft.data.tokens import Tokenizer
@@ -74,14 +74,18 @@ class Dataset:
 
     @property
     def truncated(self) -> list[str]:
-        """Names of the images whose prompt, in its longest template, is cut off at the end."""
-        prompts = {
-            record.path.name: captions.fill(
-                max(record.templates, key=len), record.word_names, record.caption
-            )
-            for record in self.records
-        }
-        return [n for n, text in prompts.items() if not self.tokenizers[0].fits(text, self.repeats)]
+        """Names of the images whose prompt, as long as it can be, is cut off at the end."""
+        tokenizer = self.tokenizers[0]
+        recipes: dict[int, prompts.Recipe] = {}
+        names = []
+        for record in {record.path: record for record in self.records}.values():
+            how = record.recipe
+            if id(how) not in recipes:  # one for each source
+                recipes[id(how)] = prompts.with_longest_templates(how, tokenizer.length)
+            longest = prompts.longest(record.captions, recipes[id(how)], tokenizer.length)
+            if not tokenizer.fits(longest, self.repeats):
+                names.append(record.path.name)
+        return names
 
     def batch(self, n: int, rows: slice = slice(None)) -> Batch:
         """Batch n, or some rows of it (the share of one process among several).
@@ -92,12 +96,12 @@ class Dataset:
         drawn = self.plan[n]
         images = drawn.images[rows].tolist()
         records = [self.records[image] for image in images]
-        prompts = [
+        texts = [
             source.prompt(record, self.plan.pick(drawn.epoch, image))
             for record, image in zip(records, images, strict=True)
         ]
         size = self.buckets.sizes[drawn.bucket]
-        batch = self.texts(prompts)
+        batch = self.texts(texts)
         batch["weight"] = drawn.weights[rows]
         if self.with_sizes:
             batch["time_ids"] = np.stack([time_ids(r.size, size, r.scaled) for r in records])
@@ -106,14 +110,14 @@ class Dataset:
             return batch | {"moments": np.stack(entries)}
         return batch | {"pixel_values": np.stack([source.pixels(r, size) for r in records])}
 
-    def texts(self, prompts: Sequence[str]) -> Batch:
+    def texts(self, texts: Sequence[str]) -> Batch:
         """Token ids of prompts, or the states that are kept of them."""
         if self.text is None:
             return {
-                name: np.stack([tokenizer.encode(text, self.repeats) for text in prompts])
+                name: np.stack([tokenizer.encode(text, self.repeats) for text in texts])
                 for name, tokenizer in zip(TEXT_INPUTS.values(), self.tokenizers, strict=False)
             }
-        keys = [text_states.key(self.ids(text)) for text in prompts]
+        keys = [text_states.key(self.ids(text)) for text in texts]
         return {n: np.stack([self.text[key, n] for key in keys]) for n in self.text_names}
 
     def ids(self, prompt: str) -> list[np.ndarray]:
@@ -128,7 +132,11 @@ class Dataset:
     @property
     def prompts(self) -> list[list[np.ndarray]]:
         """The token ids of every prompt that a batch can hold, for `text_states.cache`."""
-        texts = dict.fromkeys(p for record in self.records for p in source.prompts(record))
+        texts = dict.fromkeys(
+            text
+            for record in self.records
+            for text in prompts.every(record.captions, record.recipe)
+        )
         return [self.ids(text) for text in texts]
 
 

@@ -13,7 +13,8 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from jaxft.builtin.names import resolve
-from jaxft.data import captions, images
+from jaxft.data import captions, images, prompts, templates
+from jaxft.data.text_transforms import Step
 from jaxft.errors import UserError
 
 _MOST_TOLD = 100
@@ -28,9 +29,10 @@ class Record(NamedTuple):
     """Width and height, upright."""
     digest: str
     """SHA-256 of the file."""
-    caption: str
-    templates: tuple[str, ...]
-    word_names: Mapping[str, str]
+    captions: tuple[str, ...]
+    """One, or several of which one is drawn each time."""
+    recipe: prompts.Recipe
+    """What its prompts are made by."""
     bg_color: tuple[int, int, int]
     scaled: bool = True
     """Whether it is scaled to cover the size of its bucket; else it is cropped and padded."""
@@ -46,9 +48,11 @@ class Source(NamedTuple):
 def index(
     img_root: str | Path,
     *,
-    caption_file: str | Path | None = None,
+    caption_file: str | Path | captions.Place | None = None,
+    caption_lines: captions.Several | None = None,
     prompt_template: str | Path | None = None,
     word_names: Mapping[str, object] | None = None,
+    text_transforms: Sequence[Step] = (),
     bg_color: Sequence[int] = (255, 255, 255),
     repeat: int = 1,
 ) -> Source:
@@ -59,14 +63,17 @@ def index(
     Raises:
         UserError: lists every image that cannot be read or has no caption, and why.
     """
-    words = captions.check_word_names(word_names or {})
-    templates = captions.load_templates(prompt_template) if prompt_template else ("{caption}",)
+    lines = templates.load_templates(prompt_template) if prompt_template else ("{caption}",)
+    recipe = prompts.recipe(lines, word_names or {}, text_transforms)
     color = _color(bg_color)
     if repeat < 1:
         raise UserError(f"repeat: {repeat} must be at least 1")
     paths, notices = _listing(resolve(img_root))
     texts = captions.load(
-        None if caption_file is None else resolve(caption_file), [path.name for path in paths]
+        _place(caption_file),
+        [path.name for path in paths],
+        root=resolve(img_root),
+        several=caption_lines,
     )
     problems = list(texts.problems)
 
@@ -82,11 +89,11 @@ def index(
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         looks = tqdm(pool.map(look, paths), f"reading {img_root}", len(paths), unit="image")
-        for path, caption, found in zip(paths, texts.texts, looks, strict=True):
+        for path, lines, found in zip(paths, texts.texts, looks, strict=True):
             if isinstance(found, UserError):
                 problems.append(f"{path.name}: {found}")
             else:
-                records.append(Record(path, *found, caption, templates, words, color))
+                records.append(Record(path, *found, lines, recipe, color))
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
     if problems:
@@ -96,7 +103,7 @@ def index(
             + "remove these files:\n  "
             + "\n  ".join(problems[:_MOST_TOLD] + ([f"and {more} more"] if more > 0 else []))
         )
-    notices += texts.notices + _unused(templates, words, caption_file is not None)
+    notices += texts.notices + _unused(recipe, caption_file is not None)
     return Source(records * repeat, [f"{img_root}: {notice}" for notice in notices])
 
 
@@ -117,14 +124,14 @@ def pixels(record: Record, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def prompt(record: Record, pick: int) -> str:
-    """The record's prompt with template line `pick`, counted round and round."""
-    template = record.templates[pick % len(record.templates)]
-    return captions.fill(template, record.word_names, record.caption)
+    """The record's prompt that a number chooses: 0, 1 … are the lines of the prompt template."""
+    return prompts.make(record.captions, record.recipe, pick)
 
 
-def prompts(record: Record) -> list[str]:
-    """All prompts that `prompt` can give for the record."""
-    return [prompt(record, pick) for pick in range(len(record.templates))]
+def _place(caption_file: str | Path | captions.Place | None) -> captions.Place | None:
+    if caption_file is None or isinstance(caption_file, captions.Place):
+        return caption_file and caption_file._replace(path=resolve(caption_file.path))
+    return captions.Place(resolve(caption_file))
 
 
 def _bytes(path: Path) -> bytes:
@@ -148,7 +155,7 @@ def _listing(folder: Path) -> tuple[list[Path], list[str]]:
             f"img_root: {folder} holds no images{nested}; their names end in "
             + ", ".join(sorted(images.SUFFIXES))
         )
-    known = images.SUFFIXES | {".txt", ".json"}
+    known = images.SUFFIXES | captions.FILES
     others = Counter(
         path.suffix.casefold() or "without suffix"
         for path in entries
@@ -165,12 +172,14 @@ def _color(bg_color: Sequence[int]) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _unused(templates: Sequence[str], words: Mapping[str, str], captioned: bool) -> list[str]:
+def _unused(recipe: prompts.Recipe, captioned: bool) -> list[str]:
     """Notices of what the template leaves out."""
-    fields = captions.fields(templates)
+    fields = templates.fields(recipe.templates)
     notices = []
     if captioned and "caption" not in fields:
         notices.append("captions are not used: the prompt template has no {caption}")
-    if spare := [name for name in words if name not in fields and name != "caption"]:
+    if spare := [name for name in recipe.word_names if name not in fields and name != "caption"]:
         notices.append(f"word_names not used by the prompt template: {', '.join(spare)}")
+    if not captioned and any(transform.draws for transform in recipe.before):
+        notices.append("text_transforms before TemplateFill have no captions to change")
     return notices

@@ -81,9 +81,13 @@ class Tokenizer:
             for row in self._rows.get(token, (token,))
         ]
 
+    def length(self, text: str) -> int:
+        """Tokens of the text, without start and end."""
+        return len(self._content(text))
+
     def fits(self, text: str, repeats: int = 1) -> bool:
         """Whether `encode` keeps all of the text."""
-        return len(self._content(text)) <= (ROW - 2) * repeats
+        return self.length(text) <= (ROW - 2) * repeats
 
     def encode(self, text: str, repeats: int = 1) -> Int[np.ndarray, "repeats 77"]:
         """The first 75·repeats tokens in rows of start, up to 75 tokens, end, padding.

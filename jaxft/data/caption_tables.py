@@ -1,0 +1,181 @@
+"""Tables of captions, JSON, YAML or JSON Lines: rows of an image's name and its captions.
+
+A caption is a text, a list of texts, or an object with `caption` or `text`, `tags`, or both, as
+kohya's metadata files have it: the tags come behind the caption.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from jaxft.errors import UserError
+
+Lines = tuple[str, ...]
+"""The captions of one image, each stripped and not empty; ('',) where there is none."""
+
+_SCALARS = {
+    f"tag:yaml.org,2002:{kind}"
+    for kind in ("str", "int", "float", "bool", "timestamp", "merge", "value")
+}
+"""What stands in a YAML file without quotes and is taken as it is written: 2023, no, 1e-3."""
+
+_NULL = "tag:yaml.org,2002:null"
+
+
+class Row(NamedTuple):
+    """One entry of a table."""
+
+    name: str
+    """Of the image, as the table writes it."""
+    lines: Lines
+
+
+def lines_of(text: str) -> Lines:
+    """The lines of a text that hold something."""
+    lines = (line.strip() for line in re.split(r"\r\n?|\n", text))
+    return tuple(line for line in lines if line) or ("",)
+
+
+def from_json(text: str, path: Path, problems: list[str]) -> list[Row]:
+    """Rows of one object, `{"1.png": "a caption"}`.
+
+    Raises:
+        UserError: no JSON, or something else than an object.
+    """
+    try:
+        table = json.loads(text, object_pairs_hook=_unique(path.name, problems))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"caption_file: {path} is not JSON: {error}") from None
+    if not isinstance(table, dict):
+        raise UserError(f'caption_file: {path} must be one object, {{"image name": "caption"}}')
+    return _rows(table, path.name, problems)
+
+
+def from_yaml(text: str, path: Path, problems: list[str]) -> list[Row]:
+    """Rows of one mapping, `1.png: a caption`. What is not quoted is text all the same.
+
+    Raises:
+        UserError: no YAML, or something else than a mapping.
+    """
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        root = yaml.compose(text, Loader=loader)  # nodes: nothing is constructed
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(
+            f"caption_file: {path} is not YAML: {' '.join(str(error).split())}"
+        ) from None
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"caption_file: {path} must be one mapping, `image name: caption`")
+    seen: set[int] = set()
+    pairs = []
+    for key, value in root.value:
+        line = key.start_mark.line + 1
+        try:
+            pairs.append((_name(key), _plain(value, seen)))
+        except (ValueError, RecursionError) as error:
+            problems.append(f"{path.name}: line {line}: the caption {error}")
+    return _rows(_unique(path.name, problems)(pairs), path.name, problems)
+
+
+def from_json_lines(text: str, path: Path, problems: list[str]) -> list[Row]:
+    """Rows of lines `{"file_name": "1.png", "text": "a caption"}`, as Hugging Face's imagefolder
+    has them; each line that is none is a problem."""
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path.name}: line {number}"
+        try:
+            entry = json.loads(line, object_pairs_hook=_unique(where, problems))
+        except (ValueError, RecursionError) as error:
+            problems.append(f"{where} is not JSON: {error}")
+            continue
+        name = entry.get("file_name") if isinstance(entry, dict) else None
+        if isinstance(name, str):
+            rows += _rows({name: entry}, where, problems)
+        else:
+            problems.append(f'{where} is no object with a "file_name" that is text')
+    return rows
+
+
+Reader = Callable[[str, Path, list[str]], list[Row]]
+"""The text of a file, its path for messages, and the problems, which are added to."""
+
+READERS: dict[str, tuple[tuple[str, ...], Reader]] = {
+    "json": ((".json",), from_json),
+    "yaml": ((".yaml", ".yml"), from_yaml),
+    "jsonl": ((".jsonl",), from_json_lines),
+}
+"""Form -> suffixes of its files, and what reads it."""
+
+
+def _unique(where: str, problems: list[str]) -> Callable[[list[tuple[Any, Any]]], dict[Any, Any]]:
+    """What makes a dict of pairs, and tells of keys that come twice."""
+
+    def make(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+        counts = Counter(key for key, _ in pairs)
+        twice = [key for key, count in counts.items() if count > 1]
+        problems.extend(f"{where}: the key {key!r} occurs more than once" for key in twice)
+        return dict(pairs)
+
+    return make
+
+
+def _rows(table: Mapping[str, Any], where: str, problems: list[str]) -> list[Row]:
+    rows = []
+    for name, value in table.items():
+        try:
+            rows.append(Row(name, _lines(value)))
+        except ValueError as error:
+            problems.append(f"{where}: the caption of {name!r} {error}")
+            rows.append(Row(name, ("",)))
+    return rows
+
+
+def _lines(value: Any) -> Lines:
+    """Raises ValueError: why a value is no caption, to follow its name."""
+    if isinstance(value, str):
+        return lines_of(value)
+    if isinstance(value, list):
+        if not value or not all(isinstance(item, str) for item in value):
+            raise ValueError("is a list that does not hold texts")
+        return tuple(line for item in value for line in lines_of(item) if line) or ("",)
+    if not isinstance(value, dict):
+        raise ValueError(f"is {json.dumps(value)}, not text")
+    found = {key: value[key] for key in ("caption", "text", "tags") if value.get(key) is not None}
+    if not found or any(isinstance(item, dict) for item in found.values()):
+        raise ValueError("has neither `caption`, `text` nor `tags` that are text")
+    tags = ", ".join(filter(None, _lines(found.pop("tags", ""))))
+    captions = {_lines(item) for item in found.values()} or {("",)}
+    if len(captions) > 1:
+        raise ValueError("has a `caption` and another `text`; keep one")
+    return tuple(", ".join(filter(None, (line, tags))) for line in captions.pop())
+
+
+def _name(node: yaml.Node) -> str:
+    if not isinstance(node, yaml.ScalarNode):
+        raise ValueError("has a name that is not text")
+    return node.value
+
+
+def _plain(node: yaml.Node, seen: set[int]) -> Any:
+    """A node as JSON would have it, each text as it is written.
+
+    Raises:
+        ValueError: an alias of a collection, of which a small file may hold a million; a tag.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag not in (*_SCALARS, _NULL):
+            raise ValueError(f"has the tag {node.tag}; it must be text")
+        return None if node.tag == _NULL else node.value
+    if id(node) in seen:
+        raise ValueError("is an alias of a list or a mapping; write it out")
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item, seen) for item in node.value]
+    return {_name(key): _plain(value, seen) for key, value in node.value}
