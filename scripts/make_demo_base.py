@@ -13,6 +13,7 @@ takes VAE, text encoder and UNet from a finished model and trains the last two f
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import demo_world as world
@@ -63,8 +64,8 @@ def card(work: Path, seed: int, scaling_factor: float) -> str:
         ("UNet and text encoder", "unet", unet.RECIPE),
     )
     rows = "\n".join(
-        f"| {title} | {recipe.steps} | {recipe.batch} | {recipe.lr} "
-        f"| {last_loss(work / folder):.4f} |"
+        f"| {title} | {joined(cycle.steps for cycle in recipe.cycles)} | {recipe.batch} "
+        f"| {joined(cycle.lr for cycle in recipe.cycles)} | {last_loss(work / folder):.4f} |"
         for title, folder, recipe in stages
         if (work / folder).is_dir()
     )
@@ -95,13 +96,12 @@ Nothing but pictures drawn by `scripts/demo_world.py`, and captions from its gra
 combinations (a figure's shape and colour with the background's colour; the shapes and colours of
 two figures) was never drawn.
 
-| | steps | batch | peak rate | mean loss of the last 500 steps |
+| | steps, counted from the first | batch | peak rate | mean loss of the last 500 steps |
 |---|---|---|---|---|
 {rows}
 
 Muon for matrices and kernels, AdamW for the rest; a rate that falls along a half cosine at the end
-of each cycle (the UNet's second one begins at step {", ".join(map(str, unet.RECIPE.restarts))});
-gradients clipped to 1. {sum(unet.NUM_SCENES.values())} pictures of {sizes} pixels
+of each cycle, after the numbers of steps that the table names; gradients clipped to 1. {sum(unet.NUM_SCENES.values())} pictures of {sizes} pixels
 for the UNet, {unet.NO_CAPTION:.0%} of them without their caption. Seed {seed}. Scaling factor
 {scaling_factor:.4f}, measured: latents have unit variance. Made in float32 with
 `python scripts/make_demo_base.py`; stored in float16.
@@ -109,6 +109,11 @@ for the UNet, {unet.NO_CAPTION:.0%} of them without their caption. Seed {seed}. 
 ## Measured
 
 {FIGURES.read_text("utf-8") if FIGURES.exists() else ""}"""
+
+
+def joined(values: Iterable[object]) -> str:
+    """The values, in a cell of a table."""
+    return ", ".join(map(str, values))
 
 
 def last_loss(folder: Path, steps: int = 500) -> float:

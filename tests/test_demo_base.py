@@ -73,8 +73,9 @@ def test_the_rate_rises_stays_and_falls_to_zero():
 
 
 def test_the_rate_rises_again_at_a_restart():
-    both = Recipe(steps=300, batch=1, lr=0.5, warmup=10, decay=0.2, restarts=(100,)).rate()
-    first, second = (Recipe(steps, 1, 0.5, warmup=10, decay=0.2).rate() for steps in (100, 200))
+    before = Recipe(steps=100, batch=1, lr=0.5, warmup=10, decay=0.2)
+    both = before._replace(steps=300, lr=0.3, before=before).rate()
+    first, second = before.rate(), Recipe(200, 1, 0.3, warmup=10, decay=0.2).rate()
     wanted = [float(first(step)) for step in range(100)]
     wanted += [float(second(step)) for step in range(200)]
     assert [float(both(step)) for step in range(300)] == pytest.approx(wanted)

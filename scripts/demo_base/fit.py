@@ -48,15 +48,21 @@ class Recipe(NamedTuple):
     other, and what one part needs stays in the cache."""
     warmup: int = 200
     decay: float = 1.0
-    """Last share of a cycle's steps, in which the rate falls to 0 along a half cosine."""
-    restarts: tuple[int, ...] = ()
-    """Steps at which another cycle begins: the rate rises again."""
+    """Last share of the steps, in which the rate falls to 0 along a half cosine."""
+    before: "Recipe | None" = None
+    """What it goes on from: the steps of that recipe are the first of `steps`."""
+
+    @property
+    def cycles(self) -> tuple["Recipe", ...]:
+        """This recipe and those before it, the first one first."""
+        return (*(self.before.cycles if self.before else ()), self)
 
     def rate(self) -> Rate:
         """The learning rate of each step."""
-        ends = [*self.restarts, self.steps]
-        lengths = [end - start for start, end in zip([0, *self.restarts], ends, strict=True)]
-        return optax.join_schedules([self._cycle(length) for length in lengths], ends[:-1])
+        if self.before is None:
+            return self._cycle(self.steps)
+        done = self.before.steps
+        return optax.join_schedules([self.before.rate(), self._cycle(self.steps - done)], [done])
 
     def _cycle(self, length: int) -> Rate:
         start = max(self.warmup, round((1 - self.decay) * length))

@@ -33,7 +33,10 @@ SCHEDULER = random_model.SCHEDULER | {"beta_end": 0.02, "prediction_type": "v_pr
 """More noise than Stable Diffusion's own at the end: in latents as small as these, a background of
 one colour would still shine through. The velocity is learnt well at every level of noise."""
 
-RECIPE = Recipe(12_500, 32, 2e-3, parts=2, decay=0.5, restarts=(5000,))
+FIRST = Recipe(5000, 32, 2e-3, parts=2, decay=0.5)
+SECOND = FIRST._replace(steps=12_500, before=FIRST)
+RECIPE = SECOND._replace(steps=15_000, lr=1.2e-3, decay=1.0, before=SECOND)
+"""Three cycles of the rate: each went on from the one before, as long as pictures became better."""
 
 NUM_SCENES = {(128, 128): 11_200, (160, 96): 2400, (96, 160): 2400}
 """Pictures that the UNet learns from, of each size; every second one shows two figures."""
