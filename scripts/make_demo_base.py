@@ -101,7 +101,8 @@ two figures) was never drawn.
 {rows}
 
 Muon for matrices and kernels, AdamW for the rest; a rate that falls along a half cosine at the end
-of each cycle, after the numbers of steps that the table names; gradients clipped to 1. {sum(unet.NUM_SCENES.values())} pictures of {sizes} pixels
+of each cycle, after the numbers of steps that the table names; gradients clipped to 1.
+{sum(unet.NUM_SCENES.values())} pictures of {sizes} pixels
 for the UNet, {unet.NO_CAPTION:.0%} of them without their caption. Seed {seed}. Scaling factor
 {scaling_factor:.4f}, measured: latents have unit variance. Made in float32 with
 `python scripts/make_demo_base.py`; stored in float16.
