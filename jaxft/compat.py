@@ -13,10 +13,13 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any
 
+import jax.numpy as jnp
 from ml_collections import FrozenConfigDict
 
 from jaxft.data import buckets, text_transforms
 from jaxft.data.captions import Place
+from jaxft.diffusion import losses
+from jaxft.diffusion.losses import Criterion
 from jaxft.diffusion.scheduler_config import SAMPLERS
 from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder
@@ -61,6 +64,31 @@ _TEXT_TRANSFORMS = {
     "jaxft.Suffix": text_transforms.suffix,
 }
 
+
+def criterion(error: Callable[..., Any], reduction: str = "none", **options: float) -> Criterion:
+    """An error of PyTorch's; how it is reduced is not its matter here."""
+    return Criterion(error(**options))
+
+
+def weighted_criterion(name: str, gamma: float = 1.0, reduction: str = "none") -> Criterion:
+    """HCP-Diffusion's squared error, weighted over the timesteps."""
+    return Criterion(weighting=name, options={"gamma": gamma})
+
+
+_ERRORS = {
+    "torch.nn.MSELoss": lambda: jnp.square,
+    "torch.nn.L1Loss": lambda: jnp.abs,
+    "torch.nn.HuberLoss": losses.huber,
+    "torch.nn.SmoothL1Loss": losses.smooth_l1,
+}
+
+_WEIGHTED = {
+    "hcpdiff.loss.MinSNRLoss": "min_snr",
+    "hcpdiff.loss.SoftMinSNRLoss": "soft_min_snr",
+    "hcpdiff.loss.KDiffMinSNRLoss": "kdiff_min_snr",
+    "hcpdiff.loss.EDMLoss": "edm",
+}
+
 TARGETS: dict[str, tuple[str, Callable[..., Any]]] = {
     "hcpdiff.data.bucket.RatioBucket.from_files": ("bucket", buckets.ratio_buckets_from_files),
     "hcpdiff.data.bucket.RatioBucket.from_ratios": ("bucket", buckets.ratio_buckets_from_ratios),
@@ -82,6 +110,8 @@ TARGETS: dict[str, tuple[str, Callable[..., Any]]] = {
     "dadaptation.DAdaptAdam": ("optimizer", dadapt_adam),
     "lion_pytorch.Lion": ("optimizer", lion),
     "prodigyopt.Prodigy": ("optimizer", prodigy),
+    **{name: ("criterion", partial(criterion, error)) for name, error in _ERRORS.items()},
+    **{name: ("criterion", partial(weighted_criterion, of)) for name, of in _WEIGHTED.items()},
     "diffusers.AutoencoderKL.from_pretrained": ("vae", vae),
     **{f"diffusers.{name}": ("sampler", partial(scheduler, name)) for name in SAMPLERS},
     **{name: ("text transform", function) for name, function in _TEXT_TRANSFORMS.items()},

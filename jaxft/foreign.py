@@ -46,19 +46,7 @@ def _one_of(*harmless: Any) -> Callable[[Any, Mapping[str, Any]], bool]:
 
 
 _NOTHING = _one_of(None, [], {}, 0)
-_PLAIN_MSE = _one_of(
-    {"_target_": "torch.nn.MSELoss", "reduction": "none"},
-    {"_target_": "torch.nn.MSELoss", "reduction": "mean"},
-    {"_target_": "torch.nn.MSELoss"},
-    # The guide's branch: MSE of x0 over the squared noise level, which is the MSE of the noise.
-    [
-        {
-            "_target_": "hcpdiff.loss.WeightedLoss",
-            "loss": {"_target_": "torch.nn.MSELoss", "reduction": "none"},
-        }
-    ],
-)
-_LOSS = "the loss is the mean squared error of what the model predicts"
+_LOSS = "the loss is that of what the model predicts"
 _COMPONENT = "the model's own is used"
 _MERGED = "only `part` and `lora` are merged"
 
@@ -81,7 +69,6 @@ REFUSED: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
     "tokenizer_pt.replace": (_one_of(False), "words are not trained"),
     "previewer": (_NOTHING, "no images while training; use jaxft.sample"),
     "train.cfg_scale": (_one_of("1.0", "1", 1), "no guidance while training"),
-    "train.loss.criterion": (_PLAIN_MSE, _LOSS),
     "train.loss.type": (_one_of("eps"), _LOSS),
     "train.loss.target_type": (_one_of("x0", "eps"), _LOSS),
     "train.loss.pred_type": (_one_of("eps"), _LOSS),
@@ -89,7 +76,10 @@ REFUSED: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
     "model.ema_unet": (_NOTHING, "no moving average of the weights"),
     "model.ema_text_encoder": (_NOTHING, "no moving average of the weights"),
     "model.tokenizer": (_NOTHING, _COMPONENT),
-    "model.noise_scheduler": (_NOTHING, _COMPONENT),
+    "model.noise_scheduler": (
+        _NOTHING,
+        "the model's own is used; for coarser noise added, set train.noise.pyramid",
+    ),
     "model.unet": (_NOTHING, _COMPONENT),
     "model.text_encoder": (_NOTHING, _COMPONENT),
     "model.vae": (_NOTHING, _COMPONENT),
@@ -170,8 +160,17 @@ def take_out(tree: dict[str, Any], notices: list[Problem], problems: list[Proble
 
 
 def unwrap(tree: dict[str, Any]) -> None:
-    """Makes lists of the compositions of a resolved configuration, in place: torchvision's
-    `Compose` of several transforms, or one transform by itself."""
+    """Takes what is packed in a resolved configuration out of its packing, in place.
+
+    Of text transforms: torchvision's `Compose` of several, or one by itself, becomes a list. Of the
+    loss: a list of one, and `WeightedLoss`, which makes the error of x0 that of the noise.
+    """
+    for loss in [node for node in _children([tree], "train") if "criterion" in node]:
+        node = loss["criterion"]
+        node = node[0] if isinstance(node, list) and len(node) == 1 else node
+        if isinstance(node, dict) and str(node.get("_target_")).endswith("WeightedLoss"):
+            node = node.get("loss")
+        loss["criterion"] = node
     for source in _children(_children([tree], "data"), "source"):
         node = source.get("text_transforms")
         if isinstance(node, dict) and isinstance(node.get("transforms"), list):
@@ -185,7 +184,9 @@ def _children(nodes: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for node in nodes:
         inner = node.get(key)
-        items = inner.values() if isinstance(inner, dict) else inner or ()
+        if isinstance(inner, dict):
+            inner = list(inner.values())
+        items = inner if isinstance(inner, list) else []
         found += [item for item in items if isinstance(item, dict)]
     return found
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxft import cli, compat, gallery, params, report, selection
+from jaxft import cli, compat, gallery, loss_options, params, report, selection
 from jaxft import config as configs
 from jaxft import mesh as meshes
 from jaxft.config import Config
@@ -23,6 +23,7 @@ from jaxft.data.buckets import Buckets, Size
 from jaxft.data.loader import Dataset
 from jaxft.data.tokens import Tokenizer
 from jaxft.diffusion import schedule
+from jaxft.diffusion.losses import Loss
 from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder, single_file
 from jaxft.selection import Selection
@@ -43,6 +44,7 @@ class Plan(NamedTuple):
     config: Config
     model: diffusers_folder.Model
     noising: schedule.NoiseSchedule
+    loss: Loss
     mesh: Mesh
     selection: Selection
     rates: dict[str, schedules.Rate]
@@ -81,6 +83,7 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
         options.pretrained_model_name_or_path, revision=options.revision, variant=options.variant
     )
     diffusers_folder.check_text_to_image(model)
+    noising = schedule.from_config(model.scheduler, str(model.folder / "scheduler_config.json"))
     selected = selection.select(config, model, _rate_factor(config, mesh.size))
     datasets, told = _datasets(config, model, mesh.size)
     _check_text_caches(config, selected.labels, datasets)
@@ -95,7 +98,8 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
     return Plan(
         config,
         model,
-        schedule.from_config(model.scheduler, str(model.folder / "scheduler_config.json")),
+        noising,
+        loss_options.from_config(config.train, noising),
         mesh,
         selected,
         rates,
@@ -270,6 +274,7 @@ def describe(plan: Plan) -> str:
                 f"schedule {schedule_name}"
             ],
         ),
+        ("loss", _loss_lines(config.train)),
         ("notice", plan.notices),
     ]
     return "\n".join(
@@ -277,6 +282,28 @@ def describe(plan: Plan) -> str:
         for title, lines in blocks
         for i, line in enumerate(lines)
     )
+
+
+def _loss_lines(train: Config) -> list[str]:
+    """What differs from the mean squared error at uniform timesteps, of plain noise."""
+    loss, noise = train.loss, train.noise
+    criterion = loss.criterion.to_dict()
+    name = criterion.pop("_target_").rpartition(".")[2]
+    told = [] if name == "MSELoss" else [_told(name, criterion)]
+    if loss.weighting is not None:
+        told.append(_told(loss.weighting, loss.weighting_kwargs.to_dict()))
+    if loss.timesteps != "uniform" or loss.timesteps_kwargs or loss.low_discrepancy:
+        spread = ["evenly spread"] if loss.low_discrepancy else []
+        times = _told(loss.timesteps, loss.timesteps_kwargs.to_dict())
+        told.append(" ".join([times, *spread, "timesteps"]))
+    told += [
+        f"{key} noise {value}" for key, value in noise.to_dict().items() if value not in (0, None)
+    ]
+    return ["; ".join(told)] if told else []
+
+
+def _told(name: str, options: dict[str, Any]) -> str:
+    return " ".join([name, *(f"{key}={value}" for key, value in options.items() if key[0] != "_")])
 
 
 def _group_line(plan: Plan, group: Group) -> str:

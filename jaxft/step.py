@@ -19,7 +19,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxft import params
-from jaxft.diffusion import conditioning, losses, schedule
+from jaxft.diffusion import conditioning, losses, schedule, weighting
+from jaxft.diffusion import noise as noises
 from jaxft.models import vae
 from jaxft.models.encoder import Added
 from jaxft.shapes import TEXT_INPUTS, TEXT_STATES, Latents, Params, Pixels, Timesteps
@@ -50,6 +51,7 @@ class Objective(NamedTuple):
     """Of the activations of UNet and text encoders."""
     clip_skip: int = 0
     clip_final_norm: bool = True
+    loss: losses.Loss = losses.PLAIN
     dropouts: Mapping[str, Sequence[str]] = {}
     """Network -> names of the keys by which its LoRAs drop values."""
 
@@ -59,19 +61,25 @@ class Draws(NamedTuple):
 
     latent_noise: Latents
     noise: Latents
+    """What the network is asked for."""
+    added_noise: Latents
+    """What is added to the latents."""
     timesteps: Timesteps
     dropout_key: Array
 
 
-def draw(key: Array, shape: tuple[int, ...], num_timesteps: int) -> Draws:
-    """Noise and uniform timesteps for latents [b, h, w, c]; the same on any number of devices."""
+def draw(
+    key: Array, shape: tuple[int, ...], num_timesteps: int, how: losses.Loss = losses.PLAIN
+) -> Draws:
+    """Noise and timesteps for latents [b, h, w, c]; the same on any number of devices."""
     latent_key, noise_key, time_key, dropout_key = jax.random.split(key, 4)
-    return Draws(
-        jax.random.normal(latent_key, shape),
-        jax.random.normal(noise_key, shape),
-        jax.random.randint(time_key, shape[:1], 0, num_timesteps),
-        dropout_key,
-    )
+    if how.chances is None and not how.low_discrepancy:
+        timesteps = jax.random.randint(time_key, shape[:1], 0, num_timesteps)
+    else:
+        chances = weighting.uniform(num_timesteps) if how.chances is None else how.chances
+        timesteps = weighting.draw(time_key, shape[0], chances, low_discrepancy=how.low_discrepancy)
+    latent_noise = jax.random.normal(latent_key, shape)
+    return Draws(latent_noise, *noises.draw(noise_key, shape, how.noise), timesteps, dropout_key)
 
 
 def batch_key(key: Array, step: Array | int, dataset: Array | int, part: Array | int) -> Array:
@@ -90,8 +98,8 @@ def encode_pixels(graphdef: nnx.GraphDef, weights: Params, pixels: Pixels) -> Ar
 def loss(
     objective: Objective, trainable: Weights, frozen: Weights, batch: dict[str, Array], key: Array
 ) -> Float[Array, ""]:
-    """Mean squared error of the UNet's prediction; Ho et al. 2020, eq. 14; float32."""
-    nets, noising = objective.networks, objective.schedule
+    """Mean error of the UNet's prediction, squared by default; Ho et al. 2020, eq. 14; float32."""
+    nets, noising, how = objective.networks, objective.schedule, objective.loss
     weights = {
         name: frozen.get(name, {}) | trainable.get(name, {}) | trainable.get(f"lora_{name}", {})
         for name in nets
@@ -100,9 +108,9 @@ def loss(
     if moments is None:
         moments = encode_pixels(nets["vae"], weights["vae"], batch["pixel_values"])
     shape = (*moments.shape[:3], moments.shape[3] // 2)
-    draws = draw(key, shape, len(noising.alphas_cumprod))
+    draws = draw(key, shape, len(noising.alphas_cumprod), how)
     latents = vae.sample_latents(moments, draws.latent_noise) * objective.scaling_factor
-    noisy = schedule.add_noise(noising, latents, draws.noise, draws.timesteps)
+    noisy = schedule.add_noise(noising, latents, draws.added_noise, draws.timesteps)
     for number, (name, keys) in enumerate(objective.dropouts.items()):
         drawn = jax.random.split(jax.random.fold_in(draws.dropout_key, number), len(keys))
         weights[name] |= dict(zip(keys, drawn, strict=True))
@@ -111,7 +119,8 @@ def loss(
     unet = params.bind(nets["unet"], weights["unet"])
     predicted = unet(noisy.astype(objective.dtype), draws.timesteps, text, added)
     wanted = schedule.target(noising, latents, draws.noise, draws.timesteps)
-    return losses.weighted_mean_squared_error(predicted, wanted, batch["weight"])
+    scale = None if how.weights is None else jnp.asarray(how.weights)[draws.timesteps]
+    return losses.mean_error(predicted, wanted, batch["weight"], error=how.error, scale=scale)
 
 
 def _text(objective: Objective, weights: Weights, batch: dict[str, Array]) -> tuple[Any, Any]:

@@ -201,6 +201,7 @@ def _to_devices(plan: Plan) -> Run:
         dtype=dtype,
         clip_skip=clip_skip,
         clip_final_norm=final_norm,
+        loss=plan.loss,
         dropouts={
             name: keys for name, own in loras.items() if (keys := adapters.dropout_keys(own))
         },

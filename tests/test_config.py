@@ -245,8 +245,8 @@ def test_a_faulty_interpolation_is_named(write, value, says):
         ("model: {ema_unet: 0.9}", "model.ema_unet: not supported: "),
         ("previewer: {_target_: x}", "previewer: not supported: "),
         (
-            "train: {loss: {criterion: {_target_: hcpdiff.loss.MinSNRLoss}}}",
-            "train.loss.criterion: not supported: ",
+            "train: {loss: {criterion: 3}}",
+            "train.loss.criterion: must be a mapping with `_target_`",
         ),
         ("train: {loss: {type: sample}}", "train.loss.type: not supported: "),
         ("train: {cfg_scale: '3.0'}", "train.cfg_scale: not supported: "),

@@ -16,7 +16,8 @@ from transformers import CLIPTextModel as TorchText
 from jaxft import mesh as meshes
 from jaxft import params, step
 from jaxft.compiled import Programs
-from jaxft.diffusion import schedule
+from jaxft.diffusion import losses, schedule, weighting
+from jaxft.diffusion.noise import Recipe
 from jaxft.models.clip import CLIPTextModel
 from jaxft.models.unet import UNet2DConditionModel
 from jaxft.tuning import optimizers
@@ -239,3 +240,32 @@ def test_a_gradient_that_is_not_finite_changes_no_bit():
     assert int(after.step) == 2
     state, metrics = programs.step(state, frozen, key, [[setup.put(mesh, setup.batch(2))]])
     assert np.isfinite(metrics.grad_norm)
+
+
+def test_a_weighted_error_at_drawn_timesteps_and_noise_is_pytorchs():
+    """All options of the loss at once, stated in PyTorch with diffusers' scheduler."""
+    setup = Setup("v_prediction")
+    weights = weighting.weights(setup.objective.schedule, "min_snr", gamma=5.0)
+    recipe = Recipe(offset=0.1, pyramid={"level": 3}, perturbation=0.1)
+    how = losses.Loss(losses.huber(0.5), weights, weighting.logit_normal(1000), True, recipe)
+    objective, batch = setup.objective._replace(loss=how), setup.batch(0)
+    batch["weight"][-1] = 0
+    run = jax.jit(lambda *args: step.loss(objective, *args))
+    ours = run(setup.trainable, setup.frozen, batch, setup.key)
+
+    def tensor(x):
+        return torch.tensor(np.asarray(x).transpose(0, 3, 1, 2).copy())
+
+    draws = step.draw(setup.key, (4, 4, 6, 4), 1000, how)
+    mean, log_variance = tensor(batch["moments"]).chunk(2, dim=1)
+    latents = (mean + torch.exp(0.5 * log_variance) * tensor(draws.latent_noise)) * SCALING
+    times = torch.tensor(np.asarray(draws.timesteps)).long()
+    noisy = setup.noising.add_noise(latents, tensor(draws.added_noise), times)
+    states = setup.text(torch.tensor(batch["input_ids"][:, 0]).long()).last_hidden_state
+    with torch.no_grad():
+        predicted = setup.unet(noisy, times, states).sample
+    wanted = setup.noising.get_velocity(latents, tensor(draws.noise), times)
+    errors = torch.nn.functional.huber_loss(predicted, wanted, reduction="none", delta=0.5)
+    snr = setup.noising.alphas_cumprod[times] / (1 - setup.noising.alphas_cumprod[times])
+    each = errors.mean((1, 2, 3)) * torch.clamp(snr, max=5.0) / (snr + 1)
+    assert ours == pytest.approx(float(each[:3].mean()), rel=1e-4)

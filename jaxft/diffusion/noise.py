@@ -1,10 +1,40 @@
 """Noise other than a normal number for each value of a latent."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxft.shapes import Latents
+
+
+class Recipe(NamedTuple):
+    """What noise is made of, besides normal numbers."""
+
+    offset: float = 0.0
+    """Strength of `offset`."""
+    pyramid: dict[str, Any] | None = None
+    """Options of `pyramid`; None: none."""
+    perturbation: float = 0.0
+    """Share of more noise that the network sees and is not asked for; Ning et al. 2023
+    (https://arxiv.org/abs/2301.11706)."""
+
+
+NORMAL = Recipe()
+
+
+def draw(key: Array, shape: tuple[int, ...], recipe: Recipe = NORMAL) -> tuple[Latents, Latents]:
+    """The noise that is asked for, and the noise that is added to latents [b, h, w, c]."""
+    noise = jax.random.normal(key, shape)
+    pyramid_key, offset_key, more_key = (jax.random.fold_in(key, use) for use in range(3))
+    if recipe.pyramid is not None:
+        noise = pyramid(pyramid_key, noise, **recipe.pyramid)
+    if recipe.offset:
+        noise = offset(offset_key, noise, recipe.offset)
+    if not recipe.perturbation:
+        return noise, noise
+    return noise, noise + recipe.perturbation * jax.random.normal(more_key, shape)
 
 
 def offset(key: Array, noise: Latents, strength: float) -> Latents:

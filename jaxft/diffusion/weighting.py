@@ -105,8 +105,11 @@ def weights(schedule: NoiseSchedule, name: str, **options: Any) -> Table:
 
 def uniform(num_timesteps: int, first: int = 0, last: int | None = None) -> Table:
     """Chances of timesteps, all those from `first` to `last` alike; float64."""
+    end = num_timesteps - 1 if last is None else last
+    if not 0 <= first <= end < num_timesteps:
+        raise UserError(f"first {first} and last {end} are no range of 0 to {num_timesteps - 1}")
     chances = np.zeros(num_timesteps)
-    chances[first : num_timesteps if last is None else last + 1] = 1
+    chances[first : end + 1] = 1
     return chances / chances.sum()
 
 
