@@ -90,9 +90,11 @@ def test_outputs_and_gradients_are_pefts(kind, rng):
         value = np.asarray(value)
         return value if kind == "linear" else value.transpose(0, 3, 1, 2)
 
-    y = forward(factors, x)
+    y = forward(factors, jnp.asarray(x))
     np.testing.assert_allclose(nchw(y), y_t.detach().numpy(), atol=1e-5)
-    grads, grad_x = jax.grad(lambda f, x: jnp.sum(forward(f, x) ** 2), argnums=(0, 1))(factors, x)
+    grads, grad_x = jax.grad(lambda f, x: jnp.sum(forward(f, x) ** 2), argnums=(0, 1))(
+        factors, jnp.asarray(x)
+    )
     # Sums of up to 300 products of size 1 in float32, in another order.
     close: Any = {"rtol": 1e-4, "atol": 1e-4}
     np.testing.assert_allclose(grads["layer.lora.0.down"], down.grad.numpy(), **close)
@@ -190,7 +192,9 @@ def test_a_network_with_loras_is_the_network_with_the_sum_of_weights(rng):
     """Of every kind of layer, two on some; the rounding is that of float32."""
     model = tiny(rng)
     chosen = selection.select(groups(lora_unet=[[""], [r"re:.*attn.?$"]]), model)
-    assert any("adds to the LoRAs that 16 of its layers" in line for line in chosen.notices)
+    assert chosen.notices == [
+        "lora_unet.1 adds to the LoRAs that 32 of its layers have already"  # 4 transformers
+    ]
     own = chosen.adapters["unet"]
     factors = random_factors(own, rng)
     graphdef, _ = params.abstract(lambda: adapters.attach(UNet2DConditionModel(UNET), own))
@@ -269,7 +273,7 @@ def test_both_text_encoders_of_xl_are_chosen_by_hcps_names(rng):
     chosen = selection.select(
         groups(
             text_encoder=[["re:clip_bigG.*mlp$"]],
-            lora_text_encoder=[[r"re:.*self_attn$"], [r"re:clip_B.*mlp"]],
+            lora_text_encoder=[[r"re:.*self_attn$"]],
         ),
         model,
     )
