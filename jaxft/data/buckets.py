@@ -349,7 +349,10 @@ class Fit(NamedTuple):
 def fit(sizes: Sequence[Size], buckets: Buckets) -> Fit:
     """How well the buckets fit the images."""
     images, wanted = _array(sizes), _array(buckets.sizes)[buckets.assignment]
-    scale = (wanted / images).max(axis=1) if buckets.scaled else np.ones(len(images))
+    if not buckets.scaled:
+        kept = np.minimum(wanted, images).prod(axis=1)
+        lost = 1 - kept / images.prod(axis=1)
+        return Fit(np.ones(len(images)), lost, 1 - kept / wanted.prod(axis=1))
+    scale = (wanted / images).max(axis=1)
     kept = np.minimum(wanted / scale[:, None], images).prod(axis=1)  # in the image's own pixels
-    padding = 1 - kept * scale**2 / wanted.prod(axis=1)
-    return Fit(scale, 1 - kept / images.prod(axis=1), padding.clip(0))
+    return Fit(scale, 1 - kept / images.prod(axis=1), np.zeros(len(images)))
