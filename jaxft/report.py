@@ -100,7 +100,7 @@ def _worst(
         if values[image] <= limit:
             break
         path = dataset.records[image].path
-        above.setdefault(path, f"{_plain(path.name)} ({text(values[image])})")
+        above.setdefault(path, f"{_plain(path.name)} ({text(float(values[image]))})")
     return list(above.values())
 
 

@@ -83,7 +83,7 @@ def restore(saved: Saved, sizes: Sequence[Size], nearest: Buckets) -> tuple[Buck
         sizes: of the images that there are now.
         nearest: each image with the nearest of the saved sizes, for those the table does not know.
     """
-    guesses = [nearest.sizes[bucket] for bucket in nearest.assignment.tolist()]
+    guesses: list[Size] = [nearest.sizes[bucket] for bucket in nearest.assignment.tolist()]
     chosen = [saved.trained.get(s, guess) for s, guess in zip(sizes, guesses, strict=True)]
     used = set(chosen)
     kept = [size for size in saved.sizes if size in used]

@@ -208,13 +208,14 @@ def _check_step(step: int) -> None:
 
 def _check_area(option: str, area: float) -> None:
     if not 32 * 32 <= area <= 4096 * 4096:
-        raise UserError(f"{option}: {area} must be a number of pixels, such as 512*512")
+        raise UserError(f"{option}: {area:g} must be a number of pixels, such as 512*512")
 
 
 def _checked_areas(target_area: float | Sequence[float], step: int) -> list[float]:
     """The areas, from small to large."""
     _check_step(step)
-    areas = [target_area] if isinstance(target_area, int | float) else sorted(set(target_area))
+    given = [target_area] if isinstance(target_area, int | float) else target_area
+    areas = sorted({float(area) for area in given})
     if not areas:
         raise UserError("target_area: an empty list; name at least one area, such as 512*512")
     for area in areas:
