@@ -40,7 +40,8 @@ def test_a_short_name_means_the_same():
 
 
 def test_every_bucket_of_hcp_diffusion_is_there():
-    options = {"LongEdgeBucket.from_files": {"target_edge": 512}, "FixedBucket": {}}
+    options = {"LongEdgeBucket.from_files": {"target_edge": 512, "num_bucket": 2}}
+    options["FixedBucket"] = {"target_size": 512}
     areas = ("RatioBucket.from_files", "RatioBucket.from_ratios")
     for name in (*areas, "SizeBucket.from_files", "RatioSizeBucket.from_files", *options):
         for spelled in (name, f"bucket.{name}", f"hcpdiff.data.bucket.{name}"):

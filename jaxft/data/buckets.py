@@ -208,7 +208,7 @@ def _check_step(step: int) -> None:
 
 def _check_area(option: str, area: float) -> None:
     if not 32 * 32 <= area <= 4096 * 4096:
-        raise UserError(f"{option}: {area} must be a number of pixels, such as 512*512")
+        raise UserError(f"{option}: {area:g} must be a number of pixels, such as 512*512")
 
 
 def _checked_areas(target_area: float | Sequence[float], step: int) -> list[float]:
@@ -350,7 +350,10 @@ class Fit(NamedTuple):
 def fit(sizes: Sequence[Size], buckets: Buckets) -> Fit:
     """How well the buckets fit the images."""
     images, wanted = _array(sizes), _array(buckets.sizes)[buckets.assignment]
-    scale = (wanted / images).max(axis=1) if buckets.scaled else np.ones(len(images))
+    if not buckets.scaled:
+        kept = np.minimum(wanted, images).prod(axis=1)
+        lost = 1 - kept / images.prod(axis=1)
+        return Fit(np.ones(len(images)), lost, 1 - kept / wanted.prod(axis=1))
+    scale = (wanted / images).max(axis=1)
     kept = np.minimum(wanted / scale[:, None], images).prod(axis=1)  # in the image's own pixels
-    padding = 1 - kept * scale**2 / wanted.prod(axis=1)
-    return Fit(scale, 1 - kept / images.prod(axis=1), padding.clip(0))
+    return Fit(scale, 1 - kept / images.prod(axis=1), np.zeros(len(images)))
