@@ -171,10 +171,12 @@ def _check_text_caches(config: Config, labels: Labels, datasets: Sequence[Datase
         if any(labels[name] for name in labels if name in TEXT_INPUTS):
             raise UserError(f"{key}: a text encoder is trained, so it must be false")
         for record in dataset.records:
-            if (count := len(source.prompts(record))) > MAX_PROMPTS:
+            texts = source.all_prompts(record)
+            if texts is None or len(texts) > MAX_PROMPTS:
+                count = "ever other" if texts is None else len(texts)
                 raise UserError(
-                    f"{key}: {record.path.name} has {count} prompts, of which at most "
-                    f"{MAX_PROMPTS} are encoded; use a prompt_template of fewer lines, or false"
+                    f"{key}: {record.path.name} has {count} prompts, more than the {MAX_PROMPTS} "
+                    "that can be kept; use a prompt_template of fewer lines, or set it to false"
                 )
 
 

@@ -125,10 +125,10 @@ class Dataset:
         return TEXT_STATES if self.with_sizes else TEXT_STATES[:1]
 
     @property
-    def prompts(self) -> list[list[np.ndarray]]:
+    def wanted_texts(self) -> list[list[np.ndarray]]:
         """The token ids of every prompt that a batch can hold, for `text_states.cache`."""
-        texts = dict.fromkeys(p for record in self.records for p in source.prompts(record))
-        return [self.ids(text) for text in texts]
+        texts = [text for record in self.records for text in source.all_prompts(record) or ()]
+        return [self.ids(text) for text in dict.fromkeys(texts)]
 
 
 def time_ids(original: tuple[int, int], size: tuple[int, int]) -> np.ndarray:

@@ -119,8 +119,8 @@ def prompt(record: Record, pick: int) -> str:
     return captions.fill(template, record.word_names, record.caption)
 
 
-def prompts(record: Record) -> list[str]:
-    """All prompts that `prompt` can give for the record."""
+def all_prompts(record: Record) -> list[str] | None:
+    """All prompts that `prompt` can give for the record; None where they cannot be listed."""
     return [prompt(record, pick) for pick in range(len(record.templates))]
 
 
