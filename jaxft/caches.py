@@ -128,7 +128,7 @@ def _texts(made: Plan, by_folder: Folders, say: Any, stopped: Any) -> Stores:
     stores: Stores = {}
     for folder, datasets in by_folder.items():
         store = text_states.cache(
-            [ids for dataset in datasets for ids in dataset.prompts],
+            [ids for dataset in datasets for ids in dataset.wanted_texts],
             encode,
             names=datasets[0].text_names,
             batch_size=PROMPTS_AT_ONCE * made.mesh.size,

@@ -196,8 +196,8 @@ def _check_text_caches(config: Config, labels: Labels, datasets: Sequence[Datase
                 )
             if (count := len(prompts.every(record.captions, record.recipe))) > MAX_PROMPTS:
                 raise UserError(
-                    f"{key}: {record.path.name} has {count} prompts, of which at most "
-                    f"{MAX_PROMPTS} are encoded; use a prompt_template of fewer lines, or false"
+                    f"{key}: {record.path.name} has {count} prompts, more than the {MAX_PROMPTS} "
+                    "that can be kept; use a prompt_template of fewer lines, or set it to false"
                 )
 
 

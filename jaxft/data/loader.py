@@ -130,7 +130,7 @@ class Dataset:
         return TEXT_STATES if self.with_sizes else TEXT_STATES[:1]
 
     @property
-    def prompts(self) -> list[list[np.ndarray]]:
+    def wanted_texts(self) -> list[list[np.ndarray]]:
         """The token ids of every prompt that a batch can hold, for `text_states.cache`."""
         texts = dict.fromkeys(
             text
