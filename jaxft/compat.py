@@ -51,7 +51,11 @@ def template_fill(
     return text_transforms.TemplateFill(word_names)
 
 
-_LOADERS = {"TXTCaptionLoader": "text", "JsonCaptionLoader": "json", "YamlCaptionLoader": "yaml"}
+_LOADERS = {
+    "TXTCaptionLoader": partial(caption_loader, "text"),
+    "JsonCaptionLoader": partial(caption_loader, "json"),
+    "YamlCaptionLoader": partial(caption_loader, "yaml"),
+}
 
 _TEXT_TRANSFORMS = {
     "hcpdiff.utils.caption_tools.TagShuffle": text_transforms.tag_shuffle,
@@ -116,9 +120,9 @@ TARGETS: dict[str, tuple[str, Callable[..., Any]]] = {
     **{f"diffusers.{name}": ("sampler", partial(scheduler, name)) for name in SAMPLERS},
     **{name: ("text transform", function) for name, function in _TEXT_TRANSFORMS.items()},
     **{
-        f"hcpdiff.data.{module}{name}": ("caption loader", partial(caption_loader, form))
+        f"hcpdiff.data.{module}{name}": ("caption loader", loader)
         for module in ("caption_loader.", "")
-        for name, form in _LOADERS.items()
+        for name, loader in _LOADERS.items()
     },
 }
 """Name -> (kind of thing, function of its options)."""
@@ -169,7 +173,7 @@ def build(node: FrozenConfigDict | Mapping[str, Any], kind: str, where: str, **e
 def _lookup(name: Any, kind: str, where: str) -> Callable[..., Any]:
     choices = {full: function for full, (of, function) in TARGETS.items() if of == kind}
     named = [full for full in choices if name and f".{full}".endswith(f".{name}")]
-    if len(named) == 1:
+    if len({id(choices[full]) for full in named}) == 1:  # the same may have two names
         return choices[named[0]]
     if named:
         raise UserError(f"{where}._target_: {name} may be {' or '.join(named)}; choose one")

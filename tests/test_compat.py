@@ -54,6 +54,20 @@ def test_every_bucket_of_hcp_diffusion_is_there():
                 assert len(compat.build(node, "bucket", "w", sizes=SIZES, known=()).sizes) >= 2
 
 
+def test_every_text_transform_and_caption_loader_is_there():
+    options = {"Prefix": {"text": "x"}, "Suffix": {"text": "x"}}
+    drawn = ("TagShuffle", "TagDropout", "TagErase", "CaptionDropout", "Wildcards")
+    for name in (*drawn, *options, "TemplateFill"):
+        hcps = name.startswith("T")
+        for start in ("", "hcpdiff.utils.caption_tools." if hcps else "jaxft."):
+            node = {"_target_": start + name, **options.get(name, {})}
+            assert compat.build(node, "text transform", "w") is not None
+    for name, form in {"TXT": "text", "Json": "json", "Yaml": "yaml"}.items():
+        for start in ("", "hcpdiff.data.", "hcpdiff.data.caption_loader."):
+            node = {"_target_": f"{start}{name}CaptionLoader", "path": "imgs/"}
+            assert compat.build(node, "caption loader", "w") == (Path("imgs"), form)
+
+
 def test_a_sampler_is_built_as_diffusers_writes_its_configuration(tmp_path: Path):
     options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     node = {"_target_": "diffusers.DDIMScheduler", **options}
@@ -97,6 +111,12 @@ def test_a_sampler_is_built_as_diffusers_writes_its_configuration(tmp_path: Path
         ({"_target_": "AdamW", "betas": [0.9, "x"]}, "optimizer", "w.betas: [0.9, 'x']"),
         ({"_target_": "RatioBucket.from_files", "num_bucket": 1.5}, "bucket", "w.num_bucket: 1.5"),
         ({"_target_": "AutoencoderKL.from_pretrained"}, "vae", "pretrained_model_name_or_path"),
+        ({"_target_": "x.TagShuffle"}, "text transform", "w._target_: x.TagShuffle is no text tra"),
+        ({"_target_": "TagDropout", "p": "1"}, "text transform", "w.p: '1'"),
+        ({"_target_": "TagDropout", "p": 2}, "text transform", "w: p: 2 must be from 0 to 1"),
+        ({"_target_": "TagShuffle", "p": 1}, "text transform", "w.p: unknown option"),
+        ({"_target_": "TagDropout", "keep": [1]}, "text transform", "w.keep: [1]"),
+        ({"_target_": "JsonCaptionLoader"}, "caption loader", "w: path must be given"),
     ],
 )
 def test_a_refusal_names_key_and_choice(node, kind, says):

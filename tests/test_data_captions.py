@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 import yaml
@@ -148,6 +149,16 @@ def test_names_that_lead_out_of_the_folder_are_refused(tmp_path, name):
         write(tmp_path, {file: text.encode()})
         (problem,) = captions.load(tmp_path / file, ["1.png"], root=tmp_path).problems
         assert problem.startswith(f"{file}: {name!r} ")
+
+
+def test_nothing_but_the_caption_file_is_opened(tmp_path):
+    path = write(tmp_path, {"c.json": json.dumps(dict.fromkeys(OUTSIDE, "x")).encode()}) / "c.json"
+    opened: list[object] = []
+    watching = True
+    sys.addaudithook(lambda event, args: watching and event == "open" and opened.append(args[0]))
+    captions.load(path, ["1.png"], root=tmp_path)
+    watching = False
+    assert [str(file) for file in opened] == [str(path)]
 
 
 def test_a_whole_path_below_the_folder_is_inside(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import random_model
 
-from jaxft.data import batches, buckets, images, latents, loader, source
+from jaxft.data import batches, buckets, images, latents, loader, source, text_transforms
 from jaxft.data.tokens import Tokenizer
 from jaxft.errors import UserError
 from tests.data_fixtures import photo_folder
@@ -19,7 +19,16 @@ def parts(tmp_path_factory):
     template = folder.parent / "template.txt"
     template.write_text("a {pt1}, {caption}\nthe {pt1}, {caption}\n{caption}")
     records, _ = source.index(
-        folder, caption_file=folder, prompt_template=template, word_names={"pt1": "sks"}
+        folder,
+        caption_file=folder,
+        prompt_template=template,
+        word_names={"pt1": "sks"},
+        text_transforms=[
+            text_transforms.tag_dropout(0.5),
+            text_transforms.suffix("{here|there}"),
+            text_transforms.wildcards(),
+            text_transforms.tag_shuffle(),
+        ],
     )
     random_model.write_tokenizer(folder.parent / "tokenizer")
     sizes = [record.size for record in records]
@@ -60,9 +69,8 @@ def test_a_batch_holds_the_images_of_the_plan(parts):
             whole = images.read(records[image].path)
             cropped = images.resize_and_crop(whole, size)
             np.testing.assert_array_equal(batch["pixel_values"][row], cropped)
-            prompts = [source.prompt(records[image], pick) for pick in range(3)]
-            choices = [tokenizer.encode(prompt, 2).tolist() for prompt in prompts]
-            assert batch["input_ids"][row].tolist() in choices
+            prompt = source.prompt(records[image], data.plan.pick(drawn.epoch, image))
+            np.testing.assert_array_equal(batch["input_ids"][row], tokenizer.encode(prompt, 2))
 
 
 def test_template_lines_are_drawn_anew_each_epoch(parts):
@@ -87,6 +95,21 @@ def test_prompts_that_lose_their_end_are_told(parts):
     assert dataset(parts).truncated == []
     assert dataset(changed).truncated == [long.path.name]
     assert dataset(changed, repeats=3).truncated == []
+
+
+def test_the_prompt_that_is_judged_is_the_longest_that_can_come_out(parts):
+    """Whether any of many prompts is cut, for captions about as long as a row."""
+    records, _, tokenizer = parts
+    told = 0
+    for words in range(0, 40, 2):
+        text = "word " * words + "{a|one two three}, red, blue"
+        record = records[0]._replace(captions=(text, "short"))
+        data = dataset(([record], buckets.fixed_bucket([(64, 64)]), tokenizer))
+        prompts = {source.prompt(record, data.plan.pick(epoch, 0)) for epoch in range(300)}
+        cut = any(not tokenizer.fits(prompt) for prompt in prompts)
+        assert cut == bool(data.truncated)
+        told += cut
+    assert 0 < told < 20
 
 
 @pytest.mark.parametrize("workers", [0, 1, 4])

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from jaxft.data import prompts
 from jaxft.data import text_transforms as transforms
-from jaxft.data.buckets import BatchPlan, fixed_bucket
+from jaxft.data.batches import BatchPlan
+from jaxft.data.buckets import fixed_bucket
 from jaxft.errors import UserError
 
 TAGS = ["1girl", "red hair", "(blue sky, clouds:1.2)", "{cat:1.3}", ":)", "a (b), c:(", "x_y"]
@@ -40,6 +41,7 @@ def test_a_tag_ends_at_a_comma_outside_brackets():
 
 
 @given(st.lists(plain_tag, max_size=6), picks)
+@settings(deadline=None)
 def test_a_shuffle_is_a_permutation(tags, pick):
     caption = ",".join(tags)
     before = transforms.tags_of(caption)
@@ -55,6 +57,7 @@ def test_every_order_comes_equally_often():
 
 
 @given(st.integers(0, 4), picks)
+@settings(deadline=None)
 def test_kept_tags_stay_where_they_are(keep_first, pick):
     steps = (transforms.tag_shuffle(keep_first=keep_first),)
     steps += (transforms.tag_dropout(0.5, keep_first=keep_first, keep=["RED hair "]),)
@@ -64,6 +67,7 @@ def test_kept_tags_stay_where_they_are(keep_first, pick):
 
 
 @given(picks)
+@settings(deadline=None)
 def test_a_separator_keeps_what_is_before_it_and_behind_the_second(pick):
     keep = {"keep_separator": "|||"}
     steps = (transforms.tag_shuffle(keep_first=1, **keep), transforms.tag_dropout(0.9, **keep))
@@ -71,7 +75,7 @@ def test_a_separator_keeps_what_is_before_it_and_behind_the_second(pick):
     assert tags[:2] == ["a", "b"]
     assert tags[-2:] == ["f", "g"]
     assert set(tags[2:-2]) <= {"c", "d", "e"}
-    assert make("a, b", *steps, pick=pick).startswith("a")
+    assert make("a, b, c", steps[0], pick=pick).startswith("a, ")
 
 
 def test_a_separator_is_no_part_of_the_prompt():
@@ -125,6 +129,7 @@ def test_wildcards():
 
 
 @given(st.text("ab{}|:1.2 ,()", max_size=30), picks)
+@settings(deadline=None)
 def test_wildcards_change_braces_with_a_bar_alone(text, pick):
     after = make(text, transforms.wildcards(), pick=pick)
     if not re.search(r"\{[^{}]*\|", text) and "|" not in text:
@@ -200,17 +205,20 @@ def test_one_of_several_captions_is_drawn():
 
 @pytest.mark.parametrize("steps", RECIPES.values(), ids=RECIPES)
 @given(
-    caption=st.text("ab,{}| ", max_size=25), line=st.sampled_from([*LINES, "x {caption} {caption}"])
+    caption=st.lists(st.sampled_from(["a", " b c", "{d|e f}", "|||", "(g, h:1)", "", ":("])),
+    line=st.sampled_from([*LINES, "x {caption} {caption}"]),
 )
 @settings(max_examples=30, deadline=None)
 def test_no_prompt_is_longer_than_the_longest(steps, caption, line):
     how = prompts.recipe(("a line", line, "{caption}"), WORDS, steps)
-    longest = prompts.longest([caption, "x"], prompts.with_longest_templates(how, len), len)
-    made = [prompts.make([caption, "x"], how, pick) for pick in PICKS[:100]]
+    captions = [",".join(caption), "x"]
+    longest = prompts.longest(captions, prompts.with_longest_templates(how, len), len)
+    made = [prompts.make(captions, how, pick) for pick in PICKS[:100]]
     assert max(map(len, made)) <= len(longest)
 
 
 @given(st.permutations(TAGS[:5]), picks)
+@settings(deadline=None)
 def test_weighted_text_comes_through_everything(tags, pick):
     steps = (transforms.wildcards(), transforms.tag_shuffle(), transforms.tag_dropout(0))
     prompt = make(", ".join(tags), *steps, pick=pick, lines=LINES[:1])

@@ -111,9 +111,15 @@ def prefix(text: str) -> Transform:
 
 
 def suffix(text: str) -> Transform:
-    """What there was, a space, and the text; the space is left out before a comma."""
-    space = "" if text.startswith((",", ".")) else " "
-    return _fixed(lambda caption: f"{caption}{space}{text}" if caption else text.lstrip(" ,."))
+    """What there was, a space, and the text; of a text that begins with a comma, just one comma."""
+
+    def added(caption: str) -> str:
+        if not text.startswith(","):
+            return f"{caption} {text}".strip()
+        caption = caption.rstrip(" ,")
+        return caption + text if caption else text.lstrip(" ,")
+
+    return _fixed(added)
 
 
 def _fixed(change: Callable[[str], str]) -> Transform:
@@ -128,15 +134,19 @@ def _of_tags(
     if separator is not None and not separator.strip(" ,"):
         raise UserError(f"keep_separator: {separator!r} must be a mark such as '|||'")
 
-    def apply(text: str, bits: Bits) -> str:
+    def apply(text: str, change: Callable[[list[str]], list[str]]) -> str:
         if separator is not None and separator in text:
             parts = text.split(separator, 2)
-            parts[1] = ", ".join(change(tags_of(parts[1]), bits))
+            parts[1] = ", ".join(change(tags_of(parts[1])))
             return separator.join(parts)
         tags = tags_of(text)
-        return ", ".join(tags[:keep_first] + change(tags[keep_first:], bits))
+        return ", ".join(tags[:keep_first] + change(tags[keep_first:]))
 
-    return Transform(apply, separator=separator)
+    return Transform(
+        lambda text, bits: apply(text, lambda tags: change(tags, bits)),
+        lambda text, _: apply(text, lambda tags: tags),
+        separator=separator,
+    )
 
 
 _BRACKETS = {")": "(", "}": "{", "]": "["}
