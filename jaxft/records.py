@@ -95,8 +95,9 @@ def parts_of(plan: Plan, trained: Trained) -> dict[str, Kinds]:
 class Parts:
     """Part files of a run, as `unet-<step>.safetensors`, written in the background."""
 
-    def __init__(self, folder: Path, dtype: str):
-        self._folder, self._dtype = folder, dtype
+    def __init__(self, folder: Path, dtype: str, texts: Mapping[str, str]):
+        """`texts`: of the training, for the headers; the same for a resumed run, as the weights."""
+        self._folder, self._dtype, self._texts = folder, dtype, texts
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="parts")
         self._writing: Future[None] | None = None
 
@@ -105,8 +106,9 @@ class Parts:
         self._wait()
 
         def run() -> None:
+            texts = {**self._texts, "ss_steps": str(step)}
             for name, kinds in files.items():
-                hcp.write(self._folder / f"{name}-{step}.safetensors", kinds, self._dtype)
+                hcp.write(self._folder / f"{name}-{step}.safetensors", kinds, self._dtype, texts)
 
         self._writing = self._thread.submit(run)
 
@@ -155,6 +157,12 @@ def export(plan: Plan, trained: Trained, folder: Path) -> Iterator[Path]:
     if formats.get("diffusers"):
         diffusers_folder.write(target, model, formats["diffusers"])
         yield target
+
+
+def lasting(plan: Plan) -> dict[str, str]:
+    """Of `described`, what is the same whenever and wherever the run is repeated."""
+    passing = ("modelspec.date", "ss_output_name")
+    return {key: text for key, text in described(plan).items() if key not in passing}
 
 
 def described(plan: Plan) -> dict[str, str]:

@@ -34,7 +34,7 @@ from jaxft.lock import lock
 from jaxft.log import RunLog
 from jaxft.params import abstract
 from jaxft.plan import Plan
-from jaxft.records import Numbers, Parts, export, parts_of
+from jaxft.records import Numbers, Parts, export, lasting, parts_of
 from jaxft.signals import Stop
 from jaxft.step import Objective, TrainState, Weights
 from jaxft.tuning import adapters
@@ -285,7 +285,7 @@ def _loop(
     log.start()
     with (
         closing(checkpoints),
-        closing(Parts(folder / "ckpts", plan.config.ckpt_dtype)) as parts,
+        closing(Parts(folder / "ckpts", plan.config.ckpt_dtype, lasting(plan))) as parts,
         closing(_feed(plan, start)) as feed,
     ):
         for step in range(start + 1, plan.total_steps + 1):

@@ -25,7 +25,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from tensorboardX.proto import event_pb2
 
 from jaxft import config as configs
-from jaxft import params, patterns, plan, train
+from jaxft import params, patterns, plan, tensor_file, train
 from jaxft.compiled import Programs
 from jaxft.formats import hcp
 from tests.conftest import ROOT
@@ -276,6 +276,9 @@ def test_only_the_chosen_layers_change(nano_model, unbroken):
     chosen = patterns.match([p for group in LAYERS for p in group], base, "layers")
     part = unbroken / f"ckpts/unet-{STEPS}.safetensors"
     assert set(params.load(part)) == {f"base:{name}" for name in chosen}
+    told = tensor_file.read_header(part).metadata
+    assert told["ss_steps"] == str(STEPS)
+    assert "ss_unet_lr" in told
     trained = hcp.read_part(part)
     assert all(weight.dtype == np.float32 for weight in trained.values())
     assert all((trained[name] != base[name]).any() for name in chosen)

@@ -66,10 +66,15 @@ def write_part(path: Path, part: Mapping[str, Any], dtype: str = "fp32") -> None
     write(path, {"base": part}, dtype)
 
 
-def write(path: Path, kinds: Mapping[str, Mapping[str, Any]], dtype: str = "fp32") -> None:
-    """Writes a part file of several kinds: kind -> name -> array."""
+def write(
+    path: Path,
+    kinds: Mapping[str, Mapping[str, Any]],
+    dtype: str = "fp32",
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a part file of several kinds, kind -> name -> array, with texts for its header."""
     stored = {f"{kind}:{name}": array for kind, own in kinds.items() for name, array in own.items()}
-    tensor_file.write(path, stored, dtype=params.DTYPES[dtype])
+    tensor_file.write(path, stored, metadata, params.DTYPES[dtype])
 
 
 def kinds(path: Path, stored: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
