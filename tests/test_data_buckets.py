@@ -77,7 +77,7 @@ def test_500_images_have_the_clusters_and_sizes_of_hcp_diffusion(num_bucket):
     model = KMeans(n_clusters=num_bucket, random_state=3407, tol=1e-3).fit(ratios)
     centres = from_ratios_and_areas(2 ** model.cluster_centers_.reshape(-1), area)
     assert trained(buckets) == original(centres, model.labels_)
-    clusters = Counter(model.labels_.tolist()).values()
+    clusters = Counter(np.asarray(model.labels_).tolist()).values()
     assert sorted(np.bincount(buckets.assignment).tolist()) == sorted(clusters)
 
 
