@@ -362,6 +362,19 @@ def _unknown_key(key: schemas.Unknown, reference: Schema) -> schemas.Problem:
     return path, f"unknown key; {hint}"
 
 
+def _check_keys(tree: dict[str, Any], path: tuple[str, ...]) -> None:
+    """Raises UserError for a name that no override could reach: of options, as others are checked
+    by the reference."""
+    for key, value in tree.items():
+        if not isinstance(key, str) or "." in key:
+            raise UserError(
+                f"{'.'.join((*path, str(key)))}: {key!r} cannot be a name, as it is no text "
+                "without dots; in {name: value} a blank stands behind the colon"
+            )
+        if isinstance(value, dict):
+            _check_keys(value, (*path, key))
+
+
 def _freeze(tree: dict[str, Any]) -> Config:
     """The tree, immutable. FrozenConfigDict sorts its keys; ours have an order, which is put back:
     of two groups that claim a weight, the later one gets it."""
@@ -374,6 +387,7 @@ def _freeze(tree: dict[str, Any]) -> Config:
             if isinstance(value, dict):
                 put_back(fields[key], value)
 
+    _check_keys(tree, ())
     frozen = FrozenConfigDict(tree)
     put_back(frozen, tree)
     return frozen

@@ -268,6 +268,12 @@ def test_a_refusal_names_key_file_and_remedy(write, text, says):
     assert f"base.yaml: {says}" in message
 
 
+def test_a_colon_without_a_blank_is_named(write):
+    message = refused(write("own.yaml", "seed: 1"), MODEL, "train.optimizer={_target_:AdamW.x}")
+    assert "'_target_:AdamW.x' cannot be a name" in message
+    assert "a blank stands behind the colon" in message
+
+
 def test_all_mistakes_are_told_at_once(write):
     own = write("own.yaml", "train: {workers: x, stepz: 1}")
     lines = refused(own, "seed=y").splitlines()
