@@ -137,7 +137,7 @@ def test_states_of_xl_are_those_of_diffusers(folders, tmp_path):
     (dataset,) = caches.fill(plan.prepare(*configs.load(str(file)))).datasets
     batch = dataset.batch(0)
     drawn = dataset.plan[0].images.tolist()
-    prompts = [dataset.records[image].caption for image in drawn]
+    prompts = [dataset.records[image].captions[0] for image in drawn]
     with torch.no_grad():
         states, _, pooled, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
     assert "input_ids" not in batch

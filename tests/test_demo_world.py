@@ -39,12 +39,14 @@ def test_the_subject_has_pictures_of_three_shapes_with_captions(offline, tmp_pat
     records = source.index("builtin:demo/subject", caption_file="builtin:demo/subject").records
     assert len(records) == demo_subject.NUM_PICTURES == 16
     assert {record.size for record in records} == set(world.SIZES)
-    assert all(f"a {demo_subject.WORD} {world.CLASS} on" in record.caption for record in records)
+    assert all(
+        f"a {demo_subject.WORD} {world.CLASS} on" in record.captions[0] for record in records
+    )
     demo_subject.write(tmp_path)
     for record in records:
         drawn = Image.open(tmp_path / record.path.name)
         np.testing.assert_array_equal(np.asarray(Image.open(record.path)), np.asarray(drawn))
-        assert (tmp_path / f"{record.path.stem}.txt").read_text().strip() == record.caption
+        assert (tmp_path / f"{record.path.stem}.txt").read_text().strip() == record.captions[0]
 
 
 SCENE = world.Scene(
