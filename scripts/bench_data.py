@@ -14,9 +14,10 @@ import os
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import random_model
@@ -24,7 +25,8 @@ import skimage
 import sklearn.datasets
 from PIL import Image
 
-from jaxft.data import buckets, latents, loader, source
+from jaxft.data import buckets, latents, loader, prompts, source
+from jaxft.data.batches import BatchPlan
 from jaxft.data.disk import Disk
 from jaxft.data.tokens import Tokenizer
 
@@ -36,7 +38,11 @@ SOURCES = (
     Path(sklearn.datasets.__file__).parent / "images" / "flower.jpg",
 )
 SIDES = (512, 768, 1024, 1600)
-KINDS = {"jpg": {"quality": 92}, "png": {"compress_level": 3}, "webp": {"quality": 90}}
+KINDS: dict[str, dict[str, Any]] = {
+    "jpg": {"quality": 92},
+    "png": {"compress_level": 3},
+    "webp": {"quality": 90},
+}
 SIZE = (512, 512)
 CORES = len(os.sched_getaffinity(0))
 
@@ -63,7 +69,7 @@ def bare(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB").resize(SIZE, filter_, box=box))
 
 
-def in_turn(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def in_turn(jobs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """The best time of each job, in seconds; the jobs take turns."""
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(rounds):
@@ -95,12 +101,12 @@ def bench_latents(folder: Path, count: int, seconds: float) -> None:
     random_model.write_tokenizer(folder / "tokenizer")
     records = [
         source.Record(
-            Path(f"{n}.png"), SIZE, f"{n:064x}", f"photo {n}", ("{caption}",), {}, (0, 0, 0)
+            Path(f"{n}.png"), SIZE, f"{n:064x}", (f"photo {n}",), prompts.Recipe(), (0, 0, 0)
         )
         for n in range(count)
     ]
     shaped = buckets.fixed_bucket([SIZE] * count, target_size=list(SIZE))
-    plan = buckets.BatchPlan(shaped, 8, seed=0, name="bench")
+    plan = BatchPlan(shaped, 8, seed=0, name="bench")
     tokenizers = [Tokenizer(folder / "tokenizer")]
     rng = np.random.default_rng(0)
     keys = [latents.key(record, SIZE) for record in records]

@@ -10,6 +10,7 @@ import random_model
 from PIL import Image
 
 from jaxft.data import buckets, latents, loader, source, text_states
+from jaxft.data.batches import BatchPlan
 from jaxft.data.disk import Disk, Memory
 from jaxft.data.tokens import Tokenizer
 from jaxft.errors import UserError
@@ -108,7 +109,7 @@ def dataset(photos, tmp_path) -> loader.Dataset:
     random_model.write_tokenizer(tmp_path / "tokenizer")
     tokenizers = [Tokenizer(tmp_path / "tokenizer")] * 2
     shaped = buckets.fixed_bucket([record.size for record in records], target_size=32)
-    plan = buckets.BatchPlan(shaped, 2, seed=0, name="dataset1")
+    plan = BatchPlan(shaped, 2, seed=0, name="dataset1")
     return loader.Dataset("dataset1", records, shaped, plan, tokenizers, 2, with_sizes=True)
 
 
@@ -150,7 +151,7 @@ def test_exactly_the_prompts_that_have_changed_are_encoded_again(dataset, tmp_pa
     cache = tmp_path / "cache"
     assert texts(dataset, cache)[1] == 10
     assert texts(dataset, cache)[1] == 0
-    first = dataset.records[0]._replace(caption="something else")
+    first = dataset.records[0]._replace(captions=("something else",))
     assert texts(replace(dataset, records=[first, *dataset.records[1:]]), cache)[1] == 2
     other = [record._replace(digest="other") for record in dataset.records]
     assert texts(replace(dataset, records=other), cache)[1] == 0

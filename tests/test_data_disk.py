@@ -161,8 +161,7 @@ with disk.Disk(Path(sys.argv[1]), {}) as store:
 def builder(folder: Path, count: int) -> subprocess.Popen:
     """A process that is about to fill a cache."""
     command = [sys.executable, "-c", BUILDER, str(folder), str(count)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    process = subprocess.Popen(command, **pipes)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
     return process
