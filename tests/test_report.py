@@ -30,7 +30,7 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
 
 def dataset(folder: Path, tokenizer: Tokenizer, shaped=None, **options) -> loader.Dataset:
     records, _ = source.index(folder, repeat=options.pop("repeat", 1))
-    records = [record._replace(caption=f"</pre><b>{record.path.name}") for record in records]
+    records = [record._replace(captions=(f"</pre><b>{record.path.name}",)) for record in records]
     sizes = [record.size for record in records]
     shaped = shaped(sizes) if shaped else buckets.fixed_bucket(sizes, target_size=[64, 64])
     records = [record._replace(scaled=shaped.scaled) for record in records]
