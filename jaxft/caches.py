@@ -114,12 +114,14 @@ def _texts(made: Plan, by_folder: Folders, say: Any, stopped: Any) -> Stores:
         "final_norm": final_norm,
         "dtype": dtype.name,
     }
+    rows = made.words.rows  # none of them is trained where prompts are encoded beforehand
+    depends |= {"words": params.digest(rows)} if rows else {}
 
     @jax.jit
     def compute(weights: Weights, ids: list[jax.Array]) -> Any:
         encoders = [params.bind(networks[name], weights[name]) for name in parts]
         options = {"clip_skip": clip_skip, "final_norm": final_norm}
-        return conditioning.encode_text(encoders, ids, **options)
+        return conditioning.encode_text(encoders, ids, conditioning.stack(rows), **options)
 
     def encode(ids: list[np.ndarray]) -> dict[str, np.ndarray]:
         states = compute(on_devices(), jax.device_put(ids, where))

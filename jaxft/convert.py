@@ -5,6 +5,7 @@ to-diffusers  --model_path FILE|DIR --save_path DIR [--config DIR]   (from-webui
 controlnet    --model_path DIR|FILE --save_path FILE|DIR [--half]
 lora          --lora_path FILE [FILE] --model DIR --to kohya|peft|hcp --save_path PATH
 embedding     FILE --save_path FILE
+create-embedding  MODEL WORD ROWS [--init_text TEXT] [--root DIR] [--replace]
 merge         --model_path DIR|FILE --save_path DIR [--part FILE[=ALPHA]] [--lora FILE[=ALPHA]]
 extract-lora  --base DIR --tuned DIR --rank N --save_path FILE
 inspect PATH  what a file or folder is
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from jaxft import inspection, low_rank, merging, params, pickled, tensor_file, verify
+from jaxft import inspection, low_rank, merging, params, pickled, tensor_file, verify, words
 from jaxft.builtin.names import resolve
 from jaxft.cli import run
 from jaxft.errors import UserError
@@ -129,6 +130,18 @@ def _add_lora_commands(commands: Any) -> None:
     command.add_argument("--save_path", required=True, type=Path, help="WORD.safetensors")
     command.add_argument("--dtype", choices=params.DTYPES, help="precision (float32)")
     command.set_defaults(run=convert_embedding)
+
+    command = commands.add_parser("create-embedding", help="a new word, to be trained")
+    command.add_argument("model", help="diffusers folder, webui file, hub model")
+    command.add_argument("word", help="what prompts will say")
+    command.add_argument("n_word", type=int, metavar="ROWS", help="places that it takes")
+    command.add_argument(
+        "--init_text", help="words to begin as, and *[0.017,3]: three rows of random numbers (all)"
+    )
+    command.add_argument("--root", type=Path, default=Path("embs"), help="folder (%(default)s)")
+    command.add_argument("--replace", action="store_true", help="write over a word of this name")
+    command.add_argument("--seed", type=int, default=0, help="of random numbers (%(default)s)")
+    command.set_defaults(run=create_embedding)
 
     command = commands.add_parser("extract-lora", help="the difference of two models as a LoRA")
     command.add_argument("--base", required=True, help="diffusers folder, before training")
@@ -251,6 +264,23 @@ def convert_embedding(args: argparse.Namespace) -> int:
     for key in outputs:
         print(f"left out {key}: OneTrainer alone adds it to the text encoder's output")
     embeddings.write(path, rows, kind.widths, args.dtype)
+    print(f"wrote {path} ({embeddings.describe(*rows.shape)})")
+    return 0
+
+
+def create_embedding(args: argparse.Namespace) -> int:
+    """Writes a new word, as HCP-Diffusion's `create_embedding`."""
+    path = args.root / f"{args.word}.safetensors"
+    if path.exists() and not args.replace:
+        raise UserError(f"{path} exists; --replace writes over it")
+    if args.n_word < 1:
+        raise UserError(f"ROWS: {args.n_word} must be at least 1")
+    model = _model(args.model)
+    text = f"*[0.017, {args.n_word}]" if args.init_text is None else args.init_text
+    rows = words.create(model, args.word, text, args.n_word, seed=args.seed)
+    tokenizers = [words.Tokenizer(folder) for folder in model.tokenizers.values()]
+    words.teach(tokenizers, model, {args.word: rows})  # whether the word is free
+    embeddings.write(path, rows, embeddings.widths(model.configs))
     print(f"wrote {path} ({embeddings.describe(*rows.shape)})")
     return 0
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxft import cli, compat, gallery, loss_options, params, report, selection
+from jaxft import cli, compat, gallery, loss_options, params, report, selection, words
 from jaxft import config as configs
 from jaxft import mesh as meshes
 from jaxft.config import Config
@@ -30,6 +30,7 @@ from jaxft.selection import Selection
 from jaxft.shapes import TEXT_INPUTS
 from jaxft.tuning import optimizers, schedules
 from jaxft.tuning.groups import Group, Labels
+from jaxft.words import Words
 
 COMPUTE = {"bf16": "bfloat16", "no": "float32"}
 """`mixed_precision` -> the dtype of activations; weights and moments are float32 always."""
@@ -47,6 +48,7 @@ class Plan(NamedTuple):
     loss: Loss
     mesh: Mesh
     selection: Selection
+    words: Words
     rates: dict[str, schedules.Rate]
     """Of each group, in updates made."""
     optimizer: optax.GradientTransformation
@@ -84,29 +86,30 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
     )
     diffusers_folder.check_text_to_image(model)
     noising = schedule.from_config(model.scheduler, str(model.folder / "scheduler_config.json"))
-    selected = selection.select(config, model, _rate_factor(config, mesh.size))
-    datasets, told = _datasets(config, model, mesh.size)
+    images = _images_per_update(config, mesh.size)
+    train, factors = config.train, {True: images, False: 1}
+    vocabulary = words.read(
+        config.tokenizer_pt, model, factor=factors[train.scale_lr_pt], seed=config.seed
+    )
+    selected = selection.select(config, model, factors[train.scale_lr], vocabulary.groups)
+    datasets, told = _datasets(config, model, vocabulary, mesh.size)
+    words.check_said(vocabulary, datasets)
     _check_text_caches(config, selected.labels, datasets)
-    total_steps = _total_steps(config.train, datasets[0].num_batches)
-    rates = _rates(config.train.scheduler, selected.groups, total_steps)
-    transforms = {
-        name: compat.build(
-            config.train.optimizer, "optimizer", "train.optimizer", learning_rate=rate
-        )
-        for name, rate in rates.items()
-    }
+    total_steps = _total_steps(train, datasets[0].num_batches)
+    rates, transforms = _transforms(train, selected.groups, total_steps)
     return Plan(
         config,
         model,
         noising,
-        loss_options.from_config(config.train, noising),
+        loss_options.from_config(train, noising),
         mesh,
         selected,
+        vocabulary,
         rates,
-        optimizers.grouped(selected.labels, transforms, config.train.max_grad_norm),
+        optimizers.grouped(selected.labels, transforms, train.max_grad_norm),
         datasets,
         total_steps,
-        [*notices, *opened, *selected.notices, *told],
+        [*notices, *opened, *vocabulary.notices, *selected.notices, *told],
     )
 
 
@@ -124,12 +127,13 @@ def _check_counts(config: Config) -> None:
 
 
 def _datasets(
-    config: Config, model: diffusers_folder.Model, num_devices: int
+    config: Config, model: diffusers_folder.Model, vocabulary: Words, num_devices: int
 ) -> tuple[list[Dataset], list[str]]:
     datasets, notices = [], []
     resumed = config.train.resume
     tables = bucket_table.read(Path(resumed) / bucket_table.FILE) if resumed else {}
     tokenizers = [Tokenizer(folder) for folder in model.tokenizers.values()]
+    words.teach(tokenizers, model, vocabulary.rows)
     for name, options in config.data.items():
         records = []
         for key, where in options.source.items():
@@ -188,6 +192,8 @@ def _check_text_caches(config: Config, labels: Labels, datasets: Sequence[Datase
         key = f"data.{dataset.name}.cache_text"
         if any(own for name, own in labels.items() if name.removeprefix("lora_") in TEXT_INPUTS):
             raise UserError(f"{key}: a text encoder is trained, so it must be false")
+        if words.PART in labels:
+            raise UserError(f"{key}: words are trained, so it must be false")
         for record in dataset.records:
             if record.recipe.draws:
                 raise UserError(
@@ -231,25 +237,31 @@ def _total_steps(train: Config, num_batches: int) -> int:
     return -(-train.train_epochs * num_batches // train.gradient_accumulation_steps)
 
 
-def _rate_factor(config: Config, num_devices: int) -> int:
-    """By which `scale_lr` multiplies all rates: the images of one update."""
-    if not config.train.scale_lr:
-        return 1
+def _images_per_update(config: Config, num_devices: int) -> int:
+    """By which `scale_lr` and `scale_lr_pt` multiply rates."""
     images = sum(options.batch_size for options in config.data.values())
     return images * num_devices * config.train.gradient_accumulation_steps
 
 
-def _rates(options: Config, named: list[Group], total_steps: int) -> dict[str, schedules.Rate]:
-    return {
-        group.name: schedules.schedule(
+def _transforms(
+    train: Config, groups: Sequence[Group], total_steps: int
+) -> tuple[dict[str, schedules.Rate], dict[str, optax.GradientTransformation]]:
+    """Of each group its rate, and the optimizer that has this rate; words have their own."""
+    rates, transforms = {}, {}
+    for group in groups:
+        end = "_pt" if group.network == words.PART else ""
+        options, node = train[f"scheduler{end}"], train[f"optimizer{end}"]
+        rates[group.name] = rate = schedules.schedule(
             options.name,
             group.lr,
             options.num_warmup_steps,
             options.num_training_steps or total_steps,
             **options.scheduler_kwargs.to_dict(),
         )
-        for group in named
-    }
+        transforms[group.name] = compat.build(
+            node, "optimizer", f"train.optimizer{end}", learning_rate=rate
+        )
+    return rates, transforms
 
 
 def describe(plan: Plan) -> str:
@@ -307,6 +319,8 @@ def _told(name: str, options: dict[str, Any]) -> str:
 
 
 def _group_line(plan: Plan, group: Group) -> str:
+    if group.network == words.PART:
+        return words.line(plan.words, group)
     chosen, parts = plan.selection, plan.model.parts
     own = [
         np.prod(parts[network].params[name].shape)

@@ -2,17 +2,17 @@
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxft import low_rank, selection
+from jaxft import low_rank, selection, words
 from jaxft.compiled import Metrics
 from jaxft.errors import UserError
-from jaxft.formats import diffusers_folder, hcp, lora, modelspec, webui
+from jaxft.formats import diffusers_folder, embeddings, hcp, lora, modelspec, webui
 from jaxft.formats.diffusers_folder import Model
 from jaxft.log import RunLog
 from jaxft.plan import Plan
@@ -83,7 +83,7 @@ class Numbers:
 
 def parts_of(plan: Plan, trained: Trained) -> dict[str, Kinds]:
     """File (`unet`, `text_encoder`) -> what HCP-Diffusion has in it."""
-    full = {network: trained[network] for network in trained if network in plan.model.parts}
+    full = {part: own for part, own in trained.items() if part in plan.model.parts}
     kinds = {"base": full, "lora": lora.hcp_names(selection.lora(plan.selection, trained))}
     files: dict[str, Kinds] = {}
     for kind, networks in kinds.items():
@@ -92,8 +92,18 @@ def parts_of(plan: Plan, trained: Trained) -> dict[str, Kinds]:
     return files
 
 
+Words = dict[str, tuple[np.ndarray, Sequence[int]]]
+"""Word -> its rows, and the widths of the model's text encoders."""
+
+
+def words_of(plan: Plan, trained: Trained) -> Words:
+    """The words that were trained."""
+    widths = embeddings.widths(plan.model.configs)
+    return {word: (rows, widths) for word, rows in trained.get(words.PART, {}).items()}
+
+
 class Parts:
-    """Part files of a run, as `unet-<step>.safetensors`, written in the background."""
+    """Part files and words of a run, `unet-<step>.safetensors`, written in the background."""
 
     def __init__(self, folder: Path, dtype: str, texts: Mapping[str, str]):
         """`texts`: of the training, for the headers; the same for a resumed run, as the weights."""
@@ -101,14 +111,17 @@ class Parts:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="parts")
         self._writing: Future[None] | None = None
 
-    def write(self, step: int, files: Mapping[str, Kinds]) -> None:
-        """Starts to write `<file>-<step>.safetensors`; waits for those before."""
+    def write(self, step: int, files: Mapping[str, Kinds], learned: Words) -> None:
+        """Starts to write `<file or word>-<step>.safetensors`; waits for those before."""
         self._wait()
 
         def run() -> None:
             texts = {**self._texts, "ss_steps": str(step)}
             for name, kinds in files.items():
                 hcp.write(self._folder / f"{name}-{step}.safetensors", kinds, self._dtype, texts)
+            for word, (rows, widths) in learned.items():
+                file = self._folder / f"{word}-{step}.safetensors"
+                embeddings.write(file, rows, widths, self._dtype, texts)
 
         self._writing = self._thread.submit(run)
 
@@ -149,6 +162,9 @@ def export(plan: Plan, trained: Trained, folder: Path) -> Iterator[Path]:
         configs, texts = plan.model.configs, described(plan)
         lora.write_kohya(file, factors, configs, formats["lora"], texts)
         yield file
+    yield from _export_words(plan, trained, folder)
+    if trained.keys() == {words.PART}:
+        return  # the model is as it was
     model = merged(plan, trained)
     if formats.get("webui"):
         file = target.with_name(f"{target.name}.safetensors")
@@ -157,6 +173,21 @@ def export(plan: Plan, trained: Trained, folder: Path) -> Iterator[Path]:
     if formats.get("diffusers"):
         diffusers_folder.write(target, model, formats["diffusers"])
         yield target
+
+
+def _export_words(plan: Plan, trained: Trained, folder: Path) -> Iterator[Path]:
+    """Writes the words to `folder/export`, and to `emb_dir` if they are to be there."""
+    where, options = {}, plan.config.tokenizer_pt
+    if dtype := (plan.config.export or {}).get("words"):
+        where[folder / "export"] = dtype
+    if options.replace:
+        where[Path(options.emb_dir).expanduser()] = "fp32"
+    for place, dtype in where.items():
+        for word, (rows, widths) in words_of(plan, trained).items():
+            header = modelspec.header(plan.model.configs, word, "textual-inversion")
+            file = place / f"{word}.safetensors"
+            embeddings.write(file, rows, widths, dtype, header | described(plan))
+            yield file
 
 
 def lasting(plan: Plan) -> dict[str, str]:
@@ -169,7 +200,7 @@ def described(plan: Plan) -> dict[str, str]:
     """What the header of a trained file says of its training."""
     config, train = plan.config, plan.config.train
     records = [record for dataset in plan.datasets for record in dataset.records]
-    words = {
+    called = {
         word
         for record in records
         for name, word in record.recipe.word_names.items()
@@ -195,6 +226,6 @@ def described(plan: Plan) -> dict[str, str]:
     return modelspec.training(
         base=config.model.pretrained_model_name_or_path,
         captions=[text for record in records for text in record.captions],
-        words=sorted(words),
+        words=sorted(called | plan.words.groups.keys()),
         settings=settings,
     )

@@ -1,6 +1,7 @@
 """What a configuration trains: from its groups to weights of networks, and to LoRAs beside them."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,20 +26,27 @@ class Selection(NamedTuple):
 
     groups: list[Group]
     labels: Labels
-    """Part of what is trained -> name in it -> group. A part is a network, or `lora_<network>`."""
+    """Part of what is trained -> name in it -> group. A part is a network, `lora_<network>`, or
+    `words`, where a name is a word."""
     adapters: dict[str, Adapters]
     """Network -> its LoRAs."""
     notices: list[str]
 
 
-def select(config: Mapping[str, Any], model: Model, factor: float = 1.0) -> Selection:
+def select(
+    config: Mapping[str, Any],
+    model: Model,
+    factor: float = 1.0,
+    words: Mapping[str, Group] = MappingProxyType({}),
+) -> Selection:
     """What the groups of a configuration choose of a model.
 
     Args:
         config: with `unet`, `text_encoder`, `lora_unet`, `lora_text_encoder`, each name -> group,
             and `model.clip_skip` and `model.clip_final_norm`.
         model: what is trained.
-        factor: of all rates.
+        factor: of the rates of these groups.
+        words: word -> the group that trains it.
 
     Raises:
         UserError: nothing is trained, a pattern matches nothing, or a group trains nothing.
@@ -59,7 +67,7 @@ def select(config: Mapping[str, Any], model: Model, factor: float = 1.0) -> Sele
         for name, group in config[f"lora_{network}"].items()
     ]
     named = hcp.by_file({n: part.params for n, part in model.parts.items() if n != "vae"})
-    assignment = assign(full, named) if full or not low else None
+    assignment = assign(full, named) if full or not (low or words) else None
     idle = _idle(model, config["model"]["clip_skip"], config["model"]["clip_final_norm"])
     labels, notices = {}, list(assignment.notices if assignment else ())
     for network, own in (assignment.labels if assignment else {}).items():
@@ -72,7 +80,8 @@ def select(config: Mapping[str, Any], model: Model, factor: float = 1.0) -> Sele
             labels.setdefault(place, {})[inner] = label
     adapters = _adapters(low, named, model, idle, notices)
     labels |= {f"lora_{network}": loras.labels(own) for network, own in adapters.items()}
-    groups = [*full, *(lora.group for lora in low)]
+    labels |= {"words": {word: group.name for word, group in words.items()}} if words else {}
+    groups = [*full, *(lora.group for lora in low), *words.values()]
     return Selection(groups, labels, adapters, notices)
 
 

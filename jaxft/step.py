@@ -27,7 +27,7 @@ from jaxft.shapes import TEXT_INPUTS, TEXT_STATES, Latents, Params, Pixels, Time
 
 Weights = dict[str, Params]
 """Network (`unet`, `vae`, `text_encoder`) -> its weights, or some of them; `lora_unet`, … -> the
-factors of a network's LoRAs."""
+factors of a network's LoRAs; `words` -> word -> its rows [n, d]."""
 
 
 class TrainState(NamedTuple):
@@ -114,7 +114,8 @@ def loss(
     for number, (name, keys) in enumerate(objective.dropouts.items()):
         drawn = jax.random.split(jax.random.fold_in(draws.dropout_key, number), len(keys))
         weights[name] |= dict(zip(keys, drawn, strict=True))
-    text, pooled = _text(objective, weights, batch)
+    words = {**frozen.get("words", {}), **trainable.get("words", {})}
+    text, pooled = _text(objective, weights, conditioning.stack(words), batch)
     added = Added(pooled, batch["time_ids"]) if "time_ids" in batch else None
     unet = params.bind(nets["unet"], weights["unet"])
     predicted = unet(noisy.astype(objective.dtype), draws.timesteps, text, added)
@@ -123,7 +124,9 @@ def loss(
     return losses.mean_error(predicted, wanted, batch["weight"], error=how.error, scale=scale)
 
 
-def _text(objective: Objective, weights: Weights, batch: dict[str, Array]) -> tuple[Any, Any]:
+def _text(
+    objective: Objective, weights: Weights, words: Array | None, batch: dict[str, Array]
+) -> tuple[Any, Any]:
     """What the UNet is told of the prompts: encoded here, or before the first step."""
     states, pooled = TEXT_STATES
     if states in batch:
@@ -135,6 +138,7 @@ def _text(objective: Objective, weights: Weights, batch: dict[str, Array]) -> tu
             for name in encoders
         ],
         [batch[TEXT_INPUTS[name]] for name in encoders],
+        words,
         clip_skip=objective.clip_skip,
         final_norm=objective.clip_final_norm,
     )

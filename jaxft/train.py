@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import caches, cli, compile_cache, params, selection
+from jaxft import caches, cli, compile_cache, params, selection, words
 from jaxft import config as configs
 from jaxft import mesh as meshes
 from jaxft import plan as plans
@@ -34,7 +34,7 @@ from jaxft.lock import lock
 from jaxft.log import RunLog
 from jaxft.params import abstract
 from jaxft.plan import Plan
-from jaxft.records import Numbers, Parts, export, lasting, parts_of
+from jaxft.records import Numbers, Parts, export, lasting, parts_of, words_of
 from jaxft.signals import Stop
 from jaxft.step import Objective, TrainState, Weights
 from jaxft.tuning import adapters
@@ -188,6 +188,8 @@ def _to_devices(plan: Plan) -> Run:
     if all(dataset.text is not None for dataset in plan.datasets):
         for name in family.text_encoders:
             del frozen[name]
+    elif plan.words.frozen:
+        frozen[words.PART] = plan.words.frozen
 
     def build(name: str) -> Any:
         network = family.networks[name](parts[name].config, **options.get(name, {}))
@@ -195,7 +197,7 @@ def _to_devices(plan: Plan) -> Run:
 
     clip_skip, final_norm = family.text_layer(config.model.clip_skip, config.model.clip_final_norm)
     objective = Objective(
-        networks={name: abstract(lambda n=name: build(n))[0] for name in frozen},
+        networks={name: abstract(lambda n=name: build(n))[0] for name in frozen if name in parts},
         schedule=plan.noising,
         scaling_factor=parts["vae"].config.get("scaling_factor", 0.18215),
         dtype=dtype,
@@ -221,20 +223,23 @@ def _start(run: Run, checkpoints: Checkpoints, start: int, log: RunLog) -> Train
     """The state of a checkpoint, or of step 0; says so if the data is not what it was."""
     plan = run.plan
     trainable = selection.initial(plan.selection, plan.model, plan.config.seed)
+    if plan.words.groups:
+        trainable[words.PART] = plan.words.trained
     if not start:
         return run.programs.init(_placed(plan, trainable))
     state, extra = checkpoints.restore(start, run.programs.state(trainable))
     if extra["data"] != _fingerprint(plan):
         log.message(
-            "notice    images, captions or buckets have changed since the checkpoint: the run "
-            "goes on with the new ones, in another order"
+            "notice    images, captions, words or buckets have changed since the checkpoint: the "
+            "run goes on with the new ones, in another order"
         )
     return state
 
 
 def _fingerprint(plan: Plan) -> str:
-    """SHA-256 of all that the batches are made of."""
-    lines = [
+    """SHA-256 of all that the batches are made of, and of the words that are not trained."""
+    lines = [params.digest(plan.words.frozen)] if plan.words.frozen else []
+    lines += [
         f"{dataset.name} {dataset.plan.batch_size} {record.digest} {size} {prompt(record, 0)}"
         + "".join(record.captions[1:])
         for dataset in plan.datasets
@@ -296,7 +301,8 @@ def _loop(
             if last or step % every == 0:
                 numbers.flush()
                 checkpoints.save(step, state, {"data": data})
-                parts.write(step, parts_of(plan, jax.device_get(state.trainable)))
+                trained = jax.device_get(state.trainable)
+                parts.write(step, parts_of(plan, trained), words_of(plan, trained))
             if last:
                 break
     if stop.requested:

@@ -16,7 +16,7 @@ LAYERS = (
     {"low_rank", "report"},
     {"diffusion", "foreign", "formats", "tuning"},
     {"compat", "config", "selection", "step"},
-    {"loss_options"},
+    {"loss_options", "words"},
     {"compiled", "inspection", "merging", "pickled", "plan", "verify"},
     {"caches", "records"},
     {"convert", "sample", "train"},

@@ -209,7 +209,6 @@ def test_every_notice_is_about_a_key_that_is_set_and_has_no_meaning_here(write):
         "vis_info",
         "logger",
         "train.set_grads_to_none",
-        "train.scheduler_pt",
         "model.enable_xformers",
         "data.dataset1.att_mask_encode",
         "mixed_precision",

@@ -55,9 +55,9 @@ class Tokenizer:
         """
         spellings: dict[str, str] = {}
         for word in words:
-            if len(self._content(word)) < 2:
+            if len(self.ids(word)) < 2:
                 raise UserError(
-                    f"the word {word!r} is in the model's vocabulary already; give its file "
+                    f"the word {word!r} is in the model's vocabulary already; give it (its file) "
                     "another name, such as one with a number"
                 )
             spelling = self._backend.normalizer.normalize_str(word)
@@ -69,7 +69,8 @@ class Tokenizer:
             self._rows[self._backend.token_to_id(word)] = range(first, first + count)
             first += count
 
-    def _content(self, text: str) -> list[int]:
+    def ids(self, text: str) -> list[int]:
+        """The ids of a text's tokens, without start and end."""
         return [token for token, _ in self._tokens(text)]
 
     def _tokens(self, text: str) -> list[tuple[int, int]]:
@@ -81,9 +82,14 @@ class Tokenizer:
             for row in self._rows.get(token, (token,))
         ]
 
+    def times(self, word: str, text: str) -> int:
+        """How often a text says an added word."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return encoding.ids.count(self._backend.token_to_id(word))
+
     def length(self, text: str) -> int:
         """Tokens of the text, without start and end."""
-        return len(self._content(text))
+        return len(self.ids(text))
 
     def fits(self, text: str, repeats: int = 1) -> bool:
         """Whether `encode` keeps all of the text."""
@@ -95,7 +101,7 @@ class Tokenizer:
         One row is what CLIPTokenizer and diffusers' pipelines give. Several rows are
         HCP-Diffusion's layout (`tokenizer_repeats`) where padding is the end token, as in SD 1.x.
         """
-        content, width = self._content(text), ROW - 2
+        content, width = self.ids(text), ROW - 2
         ids = np.full((repeats, ROW), self._pad, np.int32)
         ids[:, 0] = self._start
         for row in range(repeats):

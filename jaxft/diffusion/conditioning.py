@@ -1,6 +1,6 @@
 """From token ids to what the UNet is told: the text's states, and in XL its pooled state."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,15 +16,21 @@ TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"
 def add_rows(weights: Params, rows: Float[Array | np.ndarray, "n d"]) -> Params:
     """A text encoder's weights with rows of words behind its table of tokens.
 
-    Their ids go on from the table's length (`Tokenizer.add_words`). The table itself is an input as
-    before, so that a gradient by `rows` is one of the words alone.
+    Their ids go on from the table's length (`Tokenizer.add_words`). For words that stay as they
+    are: those that are trained lie beside the table (`encode_text`), of which they are no part.
     """
     return weights | {TOKEN_TABLE: jnp.concatenate([weights[TOKEN_TABLE], rows])}
+
+
+def stack(words: Mapping[str, Float[Array, "_ d"]]) -> Float[Array, "n d"] | None:
+    """The rows of all words, in the order of their names, which is that of their ids."""
+    return jnp.concatenate([words[word] for word in sorted(words)]) if words else None
 
 
 def encode_text(
     text_encoders: Sequence[Any],
     input_ids: Sequence[Int[Array, "b r 77"]],
+    words: Float[Array, "n d"] | None = None,
     *,
     clip_skip: int = 0,
     final_norm: bool = True,
@@ -40,13 +46,20 @@ def encode_text(
         text_encoders: `CLIPTextModel`s with their weights.
         input_ids: of each encoder; each row begins with the start token and ends with end or
             padding.
+        words: rows of words, whose ids go on from the lengths of the tables of tokens; of several
+            encoders the columns lie side by side.
         clip_skip: last layers to leave out.
         final_norm: whether the final layer norm is applied.
     """
     joined, pooled = [], None
-    for text_encoder, ids in zip(text_encoders, input_ids, strict=True):
+    widths = [
+        encoder.text_model.embeddings.token_embedding.weight.shape[1] for encoder in text_encoders
+    ]
+    ends = np.cumsum(widths)[:-1]
+    columns = [None] * len(widths) if words is None else jnp.split(words, ends, axis=1)
+    for text_encoder, ids, own in zip(text_encoders, input_ids, columns, strict=True):
         b, r, n = ids.shape
-        states, pooled = text_encoder(ids.reshape(b * r, n), clip_skip, final_norm)
+        states, pooled = text_encoder(ids.reshape(b * r, n), clip_skip, final_norm, own)
         rows = states.reshape(b, r, n, -1)
         content = rows[:, :, 1:-1].reshape(b, r * (n - 2), -1)
         joined.append(jnp.concatenate([rows[:, 0, :1], content, rows[:, -1, -1:]], axis=1))

@@ -163,7 +163,13 @@ def read_folder(folder: Path, expected: Sequence[int]) -> dict[str, np.ndarray]:
     return words
 
 
-def write(path: Path, rows: np.ndarray, expected: Sequence[int], dtype: str | None = None) -> None:
+def write(
+    path: Path,
+    rows: np.ndarray,
+    expected: Sequence[int],
+    dtype: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Writes a word as webuis, kohya's trainer and diffusers read it.
 
     Args:
@@ -171,10 +177,11 @@ def write(path: Path, rows: np.ndarray, expected: Sequence[int], dtype: str | No
         rows: [n, sum of `expected`].
         expected: widths of the model's text encoders: one makes `emb_params`, two XL's pair.
         dtype: `fp32`, `fp16` or `bf16`; None: as they are.
+        metadata: texts for the header.
     """
     keys = XL_KEYS if len(expected) > 1 else ("emb_params",)
     stored: dict[str, np.ndarray] = dict(zip(keys, split(rows, expected), strict=True))
-    tensor_file.write(path, stored, dtype=dtype and params.DTYPES[dtype])
+    tensor_file.write(path, stored, metadata, dtype and params.DTYPES[dtype])
 
 
 def split(rows: np.ndarray, expected: Sequence[int]) -> list[np.ndarray]:

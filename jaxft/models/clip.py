@@ -90,10 +90,14 @@ class CLIPTextEmbeddings(nnx.Module):
         self.token_embedding = Embedding(o.vocab_size, o.hidden_size)
         self.position_embedding = Embedding(o.max_position_embeddings, o.hidden_size)
 
-    def __call__(self, input_ids: TokenIds) -> TextStates:
-        return self.token_embedding(input_ids) + self.position_embedding(
-            jnp.arange(input_ids.shape[1])
-        )
+    def __call__(self, input_ids: TokenIds, words: Float[Array, "n d"] | None = None) -> TextStates:
+        tokens = self.token_embedding(input_ids)
+        if words is not None:
+            # Beside the table, not behind it: a gradient by the words is as large as they are.
+            row = input_ids - self.token_embedding.weight.shape[0]
+            own = words[jnp.maximum(row, 0)].astype(tokens.dtype)
+            tokens = jnp.where((row >= 0)[..., None], own, tokens)
+        return tokens + self.position_embedding(jnp.arange(input_ids.shape[1]))
 
 
 class CLIPEncoder(nnx.Module):
@@ -128,19 +132,25 @@ class CLIPTextModel(nnx.Module):
         self.eos_token_id, self.vocab_size = o.eos_token_id, o.vocab_size
 
     def __call__(
-        self, input_ids: TokenIds, clip_skip: int = 0, final_norm: bool = True
+        self,
+        input_ids: TokenIds,
+        clip_skip: int = 0,
+        final_norm: bool = True,
+        words: Float[Array, "n d"] | None = None,
     ) -> tuple[TextStates, Float[Array, "b d"]]:
         """States and pooled state of token ids [b, s]; in the dtype of the embeddings.
 
         Args:
             input_ids: at most `max_position_embeddings` positions; those from `vocab_size` on are
-                words added to the table of tokens (`conditioning.add_rows`).
+                rows of words.
             clip_skip: layers left out at the end (0: none).
             final_norm: whether the states pass the final norm; the pooled state always does,
                 after all layers.
+            words: rows of words, unless they lie in the table of tokens
+                (`conditioning.add_rows`).
         """
         model = self.text_model
-        x = model.embeddings(input_ids)
+        x = model.embeddings(input_ids, words)
         layers = list(model.encoder.layers)
         states = x
         for i, layer in enumerate(layers):
@@ -170,10 +180,14 @@ class CLIPTextModelWithProjection(CLIPTextModel):
         self.text_projection = Linear(o.hidden_size, o.projection_dim, bias=False)
 
     def __call__(
-        self, input_ids: TokenIds, clip_skip: int = 0, final_norm: bool = True
+        self,
+        input_ids: TokenIds,
+        clip_skip: int = 0,
+        final_norm: bool = True,
+        words: Float[Array, "n d"] | None = None,
     ) -> tuple[TextStates, Float[Array, "b p"]]:
         """As `CLIPTextModel`, the pooled state projected."""
-        states, pooled = super().__call__(input_ids, clip_skip, final_norm)
+        states, pooled = super().__call__(input_ids, clip_skip, final_norm, words)
         return states, self.text_projection(pooled)
 
 

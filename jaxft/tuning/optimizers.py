@@ -146,8 +146,10 @@ def grouped(
     transforms: Mapping[str, optax.GradientTransformation],
     max_grad_norm: float | None,
 ) -> optax.GradientTransformation:
-    """One optimizer for every group; gradients are clipped to a global norm before."""
+    """One optimizer for every group; gradients are clipped to a global norm before, but for those
+    of words, which are not, nor count in the norm, as in HCP-Diffusion."""
     optimizer = optax.multi_transform({**transforms}, labels)
-    if max_grad_norm is None:
+    clipped = {part: part != "words" for part in labels}
+    if max_grad_norm is None or not any(clipped.values()):
         return optimizer
-    return optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
+    return optax.chain(optax.masked(optax.clip_by_global_norm(max_grad_norm), clipped), optimizer)
