@@ -62,7 +62,6 @@ REFUSED: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
     "plugin_unet": (_NOTHING, "no ControlNet or other plugins"),
     "plugin_TE": (_NOTHING, "no plugins"),
     "previewer": (_NOTHING, "no images while training; use jaxft.sample"),
-    "train.cfg_scale": (_one_of("1.0", "1", 1), "no guidance while training"),
     "train.loss.type": (_one_of("eps"), _LOSS),
     "train.loss.target_type": (_one_of("x0", "eps"), _LOSS),
     "train.loss.pred_type": (_one_of("eps"), _LOSS),

@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxft import compat
 from jaxft.config import Config
-from jaxft.diffusion import weighting
+from jaxft.diffusion import guidance, weighting
 from jaxft.diffusion.losses import Criterion, Loss
 from jaxft.diffusion.noise import Recipe
 from jaxft.diffusion.schedule import NoiseSchedule
@@ -45,6 +45,7 @@ def from_config(train: Config, noising: NoiseSchedule) -> Loss:
         chances,
         options.low_discrepancy,
         _noise(train.noise),
+        guidance.scales(str(train.cfg_scale), count),
     )
 
 

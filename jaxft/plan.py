@@ -22,7 +22,7 @@ from jaxft.data.batches import BatchPlan
 from jaxft.data.buckets import Buckets, Size
 from jaxft.data.loader import Dataset
 from jaxft.data.tokens import Tokenizer
-from jaxft.diffusion import schedule
+from jaxft.diffusion import guidance, schedule
 from jaxft.diffusion.losses import Loss
 from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder, single_file
@@ -94,6 +94,8 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
     selected = selection.select(config, model, factors[train.scale_lr], vocabulary.groups)
     datasets, told = _datasets(config, model, vocabulary, mesh.size)
     words.check_said(vocabulary, datasets)
+    judged = loss_options.from_config(train, noising)
+    _check_guidance(judged, datasets)
     _check_text_caches(config, selected.labels, datasets)
     total_steps = _total_steps(train, datasets[0].num_batches)
     rates, transforms = _transforms(train, selected.groups, total_steps)
@@ -101,7 +103,7 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
         config,
         model,
         noising,
-        loss_options.from_config(train, noising),
+        judged,
         mesh,
         selected,
         vocabulary,
@@ -183,6 +185,21 @@ def _buckets(
     return buckets, [f"data.{name}: {added} images are new, and go to sizes that the run has"]
 
 
+def _check_guidance(loss: Loss, datasets: Sequence[Dataset]) -> None:
+    """Guidance needs negative prompts, and these need guidance."""
+    pairs = [dataset.name for dataset in datasets if dataset.with_negatives]
+    if pairs and loss.guidance is None:
+        raise UserError(
+            f"data.{pairs[0]}: word_names has pairs [positive, negative], which only guidance "
+            "gives a meaning; set train.cfg_scale, to '3.0' for instance"
+        )
+    if not pairs and loss.guidance is not None:
+        raise UserError(
+            "train.cfg_scale: there are no negative prompts; give word_names a pair "
+            "[positive, negative], such as pt1: [pt-cat1, pt-cat1-neg], or set it to '1.0'"
+        )
+
+
 def _check_text_caches(config: Config, labels: Labels, datasets: Sequence[Dataset]) -> None:
     """Prompts can be encoded before the first step if encoders stay as they are, and all prompts
     are known."""
@@ -194,6 +211,8 @@ def _check_text_caches(config: Config, labels: Labels, datasets: Sequence[Datase
             raise UserError(f"{key}: a text encoder is trained, so it must be false")
         if words.PART in labels:
             raise UserError(f"{key}: words are trained, so it must be false")
+        if dataset.with_negatives:
+            raise UserError(f"{key}: there are negative prompts too, so it must be false")
         for record in dataset.records:
             if record.recipe.draws:
                 raise UserError(
@@ -308,6 +327,8 @@ def _loss_lines(train: Config) -> list[str]:
         spread = ["evenly spread"] if loss.low_discrepancy else []
         times = _told(loss.timesteps, loss.timesteps_kwargs.to_dict())
         told.append(" ".join([times, *spread, "timesteps"]))
+    if (scale := str(train.cfg_scale)) not in guidance.OFF:
+        told.append(f"guidance {scale}")
     told += [
         f"{key} noise {value}" for key, value in noise.to_dict().items() if value not in (0, None)
     ]
@@ -361,7 +382,10 @@ def _dataset_lines(dataset: Dataset) -> list[str]:
     ]
     lines += [f"  {line}" for line in report.bucket_lines(dataset)]
     first = dataset.records[0]
-    return [*lines, f"  e.g. {first.path.name}: {source.prompt(first, 0)!r}"]
+    lines.append(f"  e.g. {first.path.name}: {source.prompt(first, 0)!r}")
+    if first.recipe.negative:
+        lines.append(f"  against {source.negative(first, 0)!r}")
+    return lines
 
 
 def parse(argv: Sequence[str], add: Callable[[argparse.ArgumentParser], object] | None = None):

@@ -26,6 +26,9 @@ TextStates = Float[Array, "b t d"]
 TEXT_INPUTS = {"text_encoder": "input_ids", "text_encoder_2": "input_ids_2"}
 """Text encoder -> what its token ids are called in a batch."""
 
+NEGATIVE = "negative_"
+"""Beginning of the names of token ids of negative prompts."""
+
 TEXT_STATES = ("encoder_hidden_states", "pooled_text_embeds")
 """What a batch holds instead where prompts were encoded before the first step: `TextStates`, and
 for Stable Diffusion XL the pooled state [b, p]."""

@@ -3,7 +3,8 @@
 A batch is what `jaxft.data.loader` makes: `input_ids` int32 [b, r, 77] (and `input_ids_2` for a
 second text encoder) or `encoder_hidden_states` [b, 75r + 2, d] (and `pooled_text_embeds` [b, p]),
 `weight` float32 [b], `moments` float32 [b, h, w, 8] or `pixel_values` uint8 [b, 8h, 8w, 3], and for
-Stable Diffusion XL `time_ids` float32 [b, 6].
+Stable Diffusion XL `time_ids` float32 [b, 6]; beside `input_ids`, where words are pairs,
+`negative_input_ids` of the same shape (and `negative_input_ids_2`).
 
 `gradients` is compiled once for every shape of batch, `update` once: a step calls `gradients` for
 each batch (several data sets, accumulation), adding up, then `update`.
@@ -23,7 +24,7 @@ from jaxft.diffusion import conditioning, losses, schedule, weighting
 from jaxft.diffusion import noise as noises
 from jaxft.models import vae
 from jaxft.models.encoder import Added
-from jaxft.shapes import TEXT_INPUTS, TEXT_STATES, Latents, Params, Pixels, Timesteps
+from jaxft.shapes import NEGATIVE, TEXT_INPUTS, TEXT_STATES, Latents, Params, Pixels, Timesteps
 
 Weights = dict[str, Params]
 """Network (`unet`, `vae`, `text_encoder`) -> its weights, or some of them; `lora_unet`, … -> the
@@ -115,29 +116,57 @@ def loss(
         drawn = jax.random.split(jax.random.fold_in(draws.dropout_key, number), len(keys))
         weights[name] |= dict(zip(keys, drawn, strict=True))
     words = {**frozen.get("words", {}), **trainable.get("words", {})}
-    text, pooled = _text(objective, weights, conditioning.stack(words), batch)
-    added = Added(pooled, batch["time_ids"]) if "time_ids" in batch else None
+    text = _text(objective, weights, conditioning.stack(words), batch)
     unet = params.bind(nets["unet"], weights["unet"])
-    predicted = unet(noisy.astype(objective.dtype), draws.timesteps, text, added)
+    predicted = _predict(unet, noisy.astype(objective.dtype), draws.timesteps, text, batch, how)
     wanted = schedule.target(noising, latents, draws.noise, draws.timesteps)
     scale = None if how.weights is None else jnp.asarray(how.weights)[draws.timesteps]
     return losses.mean_error(predicted, wanted, batch["weight"], error=how.error, scale=scale)
 
 
+def _predict(
+    unet: Any,
+    noisy: Latents,
+    timesteps: Timesteps,
+    text: tuple[Any, Any],
+    batch: dict[str, Array],
+    how: losses.Loss,
+) -> Latents:
+    """What the UNet predicts; guided, where there are negative prompts, as while sampling."""
+    states, pooled = text
+    if not _is_guided(batch):
+        added = Added(pooled, batch["time_ids"]) if "time_ids" in batch else None
+        return unet(noisy, timesteps, states, added)
+    assert how.guidance is not None, "a plan has guidance where words are pairs"
+    twice = [jnp.concatenate([x, x]) for x in (noisy, timesteps)]
+    added = None
+    if "time_ids" in batch:
+        added = Added(pooled, jnp.concatenate([batch["time_ids"]] * 2))
+    negative, positive = jnp.split(unet(*twice, states, added).astype(jnp.float32), 2)
+    scale = jnp.asarray(how.guidance)[timesteps][:, None, None, None]
+    return negative + scale * (positive - negative)
+
+
+def _is_guided(batch: Mapping[str, Array]) -> bool:
+    return any(name.startswith(NEGATIVE) for name in batch)
+
+
 def _text(
     objective: Objective, weights: Weights, words: Array | None, batch: dict[str, Array]
 ) -> tuple[Any, Any]:
-    """What the UNet is told of the prompts: encoded here, or before the first step."""
+    """What the UNet is told of the prompts: encoded here, or before the first step. Negative
+    prompts, where there are any, come before the others, as in HCP-Diffusion: [2b, …]."""
     states, pooled = TEXT_STATES
     if states in batch:
         return batch[states], batch.get(pooled)
     encoders = [name for name in TEXT_INPUTS if name in objective.networks]
+    starts = (NEGATIVE, "") if _is_guided(batch) else ("",)
     return conditioning.encode_text(
         [
             params.bind(objective.networks[name], params.cast(weights[name], objective.dtype))
             for name in encoders
         ],
-        [batch[TEXT_INPUTS[name]] for name in encoders],
+        [jnp.concatenate([batch[s + TEXT_INPUTS[name]] for s in starts]) for name in encoders],
         words,
         clip_skip=objective.clip_skip,
         final_norm=objective.clip_final_norm,

@@ -27,7 +27,7 @@ from jaxft.compiled import Programs
 from jaxft.config import Config
 from jaxft.data import bucket_table, loader
 from jaxft.data.loader import Dataset
-from jaxft.data.source import prompt
+from jaxft.data.source import negative, prompt
 from jaxft.errors import UserError
 from jaxft.gallery import write_text
 from jaxft.lock import lock
@@ -242,6 +242,7 @@ def _fingerprint(plan: Plan) -> str:
     lines += [
         f"{dataset.name} {dataset.plan.batch_size} {record.digest} {size} {prompt(record, 0)}"
         + "".join(record.captions[1:])
+        + (negative(record, 0) if record.recipe.negative else "")
         for dataset in plan.datasets
         for record, size in dataset.wanted
     ]
@@ -256,7 +257,7 @@ def _compile(run: Run, state: TrainState, log: RunLog) -> None:
 
 def _one_of_each_shape(dataset: Dataset) -> list[dict[str, jax.ShapeDtypeStruct]]:
     rows, batches = dataset.plan.batch_size, []
-    text = dataset.texts([prompt(dataset.records[0], 0)])
+    text = dataset.texts(dataset.records[:1], [0])
     for width, height in (shape.size for shape in dataset.shapes):
         batch: dict[str, tuple[tuple[int, ...], Any]] = {
             name: ((rows, *value.shape[1:]), value.dtype) for name, value in text.items()

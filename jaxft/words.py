@@ -207,8 +207,9 @@ def _says(dataset: Dataset, word: str) -> bool:
 
     # The prompt that says a word most often, of all that can come out.
     return any(
-        measure(prompts.longest(record.captions, record.recipe, measure))
+        measure(prompts.longest(record.captions, recipe, measure))
         for record in dataset.records
+        for recipe in record.recipe.sides
     )
 
 

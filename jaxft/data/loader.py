@@ -16,13 +16,13 @@ from jaxft.data import latents, prompts, source, text_states
 from jaxft.data.batches import BatchPlan
 from jaxft.data.buckets import Buckets
 from jaxft.data.tokens import Tokenizer
-from jaxft.shapes import TEXT_INPUTS, TEXT_STATES
+from jaxft.shapes import NEGATIVE, TEXT_INPUTS, TEXT_STATES
 
 Batch = dict[str, np.ndarray]
 """`input_ids` int32 [b, r, 77] (and `input_ids_2`) or `encoder_hidden_states` [b, 75r + 2, d] (and
 `pooled_text_embeds` [b, p]), `weight` float32 [b] (0: fills up the batch), either `moments` float32
 [b, h/8, w/8, 8] or `pixel_values` uint8 [b, h, w, 3], and for Stable Diffusion XL `time_ids`
-float32 [b, 6]."""
+float32 [b, 6]; where words are pairs, `negative_input_ids` (and `negative_input_ids_2`)."""
 
 
 class Shape(NamedTuple):
@@ -76,14 +76,19 @@ class Dataset:
     def truncated(self) -> list[str]:
         """Names of the images whose prompt, as long as it can be, is cut off at the end."""
         tokenizer = self.tokenizers[0]
-        recipes: dict[int, prompts.Recipe] = {}
+        recipes: dict[int, list[prompts.Recipe]] = {}
         names = []
         for record in {record.path: record for record in self.records}.values():
             how = record.recipe
             if id(how) not in recipes:  # one for each source
-                recipes[id(how)] = prompts.with_longest_templates(how, tokenizer.length)
-            longest = prompts.longest(record.captions, recipes[id(how)], tokenizer.length)
-            if not tokenizer.fits(longest, self.repeats):
+                recipes[id(how)] = [
+                    prompts.with_longest_templates(side, tokenizer.length) for side in how.sides
+                ]
+            longest = [
+                prompts.longest(record.captions, side, tokenizer.length)
+                for side in recipes[id(how)]
+            ]
+            if not all(tokenizer.fits(text, self.repeats) for text in longest):
                 names.append(record.path.name)
         return names
 
@@ -96,12 +101,8 @@ class Dataset:
         drawn = self.plan[n]
         images = drawn.images[rows].tolist()
         records = [self.records[image] for image in images]
-        texts = [
-            source.prompt(record, self.plan.pick(drawn.epoch, image))
-            for record, image in zip(records, images, strict=True)
-        ]
         size = self.buckets.sizes[drawn.bucket]
-        batch = self.texts(texts)
+        batch = self.texts(records, [self.plan.pick(drawn.epoch, image) for image in images])
         batch["weight"] = drawn.weights[rows]
         if self.with_sizes:
             batch["time_ids"] = np.stack([time_ids(r.size, size, r.scaled) for r in records])
@@ -110,12 +111,23 @@ class Dataset:
             return batch | {"moments": np.stack(entries)}
         return batch | {"pixel_values": np.stack([source.pixels(r, size) for r in records])}
 
-    def texts(self, texts: Sequence[str]) -> Batch:
-        """Token ids of prompts, or the states that are kept of them."""
+    @property
+    def with_negatives(self) -> bool:
+        """Whether a batch holds negative prompts too."""
+        return any(record.recipe.negative for record in self.records)
+
+    def texts(self, records: Sequence[source.Record], picks: Sequence[int]) -> Batch:
+        """Token ids of the prompts that numbers choose, or the states that are kept of them."""
+        chosen = list(zip(records, picks, strict=True))
+        texts = [source.prompt(*one) for one in chosen]
         if self.text is None:
+            negatives = [source.negative(*one) for one in chosen] if self.with_negatives else []
+            sides = (("", texts), (NEGATIVE, negatives))
             return {
-                name: np.stack([tokenizer.encode(text, self.repeats) for text in texts])
+                start + name: np.stack([tokenizer.encode(text, self.repeats) for text in side])
+                for start, side in sides
                 for name, tokenizer in zip(TEXT_INPUTS.values(), self.tokenizers, strict=False)
+                if side
             }
         keys = [text_states.key(self.ids(text)) for text in texts]
         return {n: np.stack([self.text[key, n] for key in keys]) for n in self.text_names}

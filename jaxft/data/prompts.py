@@ -28,6 +28,18 @@ class Recipe(NamedTuple):
     """What is done to the caption."""
     after: tuple[Transform, ...] = ()
     """What is done to the filled template."""
+    opposites: Mapping[str, str] | None = None
+    """What the fields stand for in negative prompts; None: there are none."""
+
+    @property
+    def negative(self) -> "Recipe | None":
+        """How negative prompts are made, if there are any."""
+        return None if self.opposites is None else self._replace(word_names=self.opposites)
+
+    @property
+    def sides(self) -> "list[Recipe]":
+        """How prompts are made and, if there are any, negative prompts."""
+        return [self, *([self.negative] if self.negative else [])]
 
     @property
     def draws(self) -> bool:
@@ -56,12 +68,9 @@ def recipe(
             word_names = fill.word_names
     place = fills[0] if fills else len(steps)
     transforms = [step for step in steps if isinstance(step, Transform)]
-    return Recipe(
-        tuple(lines),
-        templates.check_word_names(word_names),
-        tuple(transforms[:place]),
-        tuple(transforms[place:] + dropped),
-    )
+    words, opposites = templates.sides(word_names)
+    before, after = transforms[:place], transforms[place:] + dropped
+    return Recipe(tuple(lines), words, tuple(before), tuple(after), opposites)
 
 
 def make(captions: Sequence[str], how: Recipe, pick: int) -> str:

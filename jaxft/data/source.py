@@ -128,6 +128,12 @@ def prompt(record: Record, pick: int) -> str:
     return prompts.make(record.captions, record.recipe, pick)
 
 
+def negative(record: Record, pick: int) -> str:
+    """The prompt that stands against `prompt` with the same number: the same, but with the negative
+    words of pairs."""
+    return prompts.make(record.captions, record.recipe.negative or record.recipe, pick)
+
+
 def _place(caption_file: str | Path | captions.Place | None) -> captions.Place | None:
     if caption_file is None or isinstance(caption_file, captions.Place):
         return caption_file and caption_file._replace(path=resolve(caption_file.path))

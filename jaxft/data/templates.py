@@ -47,6 +47,28 @@ def check_word_names(word_names: Mapping[str, object]) -> dict[str, str]:
     return {name: str(word) for name, word in word_names.items()}
 
 
+def sides(
+    word_names: Mapping[str, object],
+) -> tuple[dict[str, str], dict[str, str] | None]:
+    """The words of prompts and, where some are pairs `[positive, negative]`, of negative prompts; a
+    word that is no pair is in both.
+
+    Raises:
+        UserError: names the first that is neither text nor two texts.
+    """
+    pairs = {name: (word, word) for name, word in word_names.items()}
+    found = {
+        name: tuple(word)
+        for name, word in word_names.items()
+        if isinstance(word, list | tuple) and len(word) == 2
+    }
+    positive, negative = (
+        check_word_names({name: pair[side] for name, pair in (pairs | found).items()})
+        for side in range(2)
+    )
+    return positive, negative if found else None
+
+
 @lru_cache(maxsize=4096)
 def _parse(template: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the fields, and the text before, between and after them (one more)."""

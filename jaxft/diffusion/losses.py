@@ -36,6 +36,9 @@ class Loss(NamedTuple):
     low_discrepancy: bool = False
     """Whether the timesteps of a batch are spread evenly over their chances."""
     noise: Recipe = NORMAL
+    guidance: Float[np.ndarray, " T"] | None = None
+    """Of the timesteps: the scale of guidance at which predictions are judged (`guidance.scales`);
+    None: none."""
 
 
 PLAIN = Loss()
