@@ -49,12 +49,18 @@ def test_the_gradient_of_the_rows_is_pytorchs_and_no_table_is_formed():
     setup = Setup()
     rng = np.random.default_rng(3)
     rows = {word: rng.standard_normal((n, 16), np.float32) for word, n in ROWS.items()}
-    frozen = {"unet": setup.trainable["unet"], "text_encoder": setup.frozen["text_encoder"]}
-    batch = said(setup)
+    frozen, batch = jax.tree.map(
+        jnp.asarray,
+        (
+            {"unet": setup.trainable["unet"], "text_encoder": setup.frozen["text_encoder"]},
+            said(setup),
+        ),
+    )
 
     def loss(own):
         return step.loss(setup.objective, {"words": own}, frozen, batch, setup.key)
 
+    rows = jax.tree.map(jnp.asarray, rows)
     ours = jax.jit(jax.grad(loss))(rows)
 
     table = setup.text.get_input_embeddings()
@@ -71,7 +77,7 @@ def test_the_gradient_of_the_rows_is_pytorchs_and_no_table_is_formed():
     latents = (mean + torch.exp(0.5 * log_variance) * tensor(draws.latent_noise)) * SCALING
     noise, times = tensor(draws.noise), torch.tensor(np.asarray(draws.timesteps)).long()
     noisy = setup.noising.add_noise(latents, noise, times)
-    states = setup.text(torch.tensor(batch["input_ids"][:, 0]).long()).last_hidden_state
+    states = setup.text(torch.tensor(np.asarray(batch["input_ids"])[:, 0]).long()).last_hidden_state
     predicted = setup.unet(noisy, times, states).sample
     torch.nn.functional.mse_loss(predicted, noise).backward()
     assert bigger.weight.grad is not None
