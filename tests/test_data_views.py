@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import random_model
-import torchvision.transforms as T
 from PIL import Image
 
 from jaxft.data import batches, buckets, images, latents, loader, source
@@ -91,24 +90,6 @@ def test_random_views_reach_every_corner_alike(scaled):
 )
 def test_sizes_are_height_before_width_and_the_crop_in_the_scaled_image(original, size, wanted):
     assert loader.time_ids(record(original), size).tolist() == list(wanted)
-
-
-def test_time_ids_are_those_of_the_steps_of_diffusers_training_script():
-    """train_text_to_image_sdxl.py: resized, mirrored, then cropped at `crop_top_left`."""
-    photo, size = photograph(4, (60, 40)), (32, 32)
-    for picked in range(40):
-        one = source.framed(
-            record(photo.size, crop="random", flip=True), size, picked << 31 | picked
-        )
-        numbers = loader.time_ids(one, size)
-        image = T.functional.resize(photo, [32], interpolation=T.InterpolationMode.LANCZOS)
-        if one.view.mirrored:
-            image = T.functional.hflip(image)
-        top, left = numbers[2:4].astype(int).tolist()
-        expected = np.asarray(T.functional.crop(image, top, left, 32, 32), float)
-        got = images.resize_and_crop(photo, size, one.view)
-        np.testing.assert_allclose(got[:, 3:-3], expected[:, 3:-3], atol=8)  # half a pixel's shift
-        assert numbers.tolist() == [40, 60, top, left, 32, 32]
 
 
 def test_both_sides_of_an_image_are_kept_and_drawn(tmp_path):
