@@ -1,6 +1,5 @@
 """Stable Diffusion XL is trained with what diffusers' training script gives it."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
