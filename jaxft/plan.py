@@ -17,7 +17,7 @@ from jaxft import cli, compat, gallery, loss_options, params, report, selection,
 from jaxft import config as configs
 from jaxft import mesh as meshes
 from jaxft.config import Config
-from jaxft.data import bucket_table, prompts, source
+from jaxft.data import bucket_table, captions, prompts, source
 from jaxft.data.batches import BatchPlan
 from jaxft.data.buckets import Buckets, Size
 from jaxft.data.loader import Dataset
@@ -96,6 +96,7 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
     words.check_said(vocabulary, datasets)
     judged = loss_options.from_config(train, noising)
     _check_guidance(judged, datasets)
+    _check_latent_caches(config, datasets)
     _check_text_caches(config, selected.labels, datasets)
     total_steps = _total_steps(train, datasets[0].num_batches)
     rates, transforms = _transforms(train, selected.groups, total_steps)
@@ -163,6 +164,7 @@ def _datasets(
                 tokenizers,
                 repeats,
                 options.loss_weight,
+                options.teacher,
                 with_sizes=model.family.is_xl,
             )
         )
@@ -198,6 +200,17 @@ def _check_guidance(loss: Loss, datasets: Sequence[Dataset]) -> None:
             "train.cfg_scale: there are no negative prompts; give word_names a pair "
             "[positive, negative], such as pt1: [pt-cat1, pt-cat1-neg], or set it to '1.0'"
         )
+
+
+def _check_latent_caches(config: Config, datasets: Sequence[Dataset]) -> None:
+    """Latents can be encoded before the first step if all views of the images are known."""
+    for dataset in datasets:
+        drawn = any(record.crop == "random" for record in dataset.records)
+        if drawn and config.data[dataset.name].cache_latents:
+            raise UserError(
+                f"data.{dataset.name}.cache_latents: crop: random shows another part of an image "
+                "in every epoch, which is not known before; use cache_latents: false, or center"
+            )
 
 
 def _check_text_caches(config: Config, labels: Labels, datasets: Sequence[Dataset]) -> None:
@@ -245,8 +258,8 @@ def _truncated(dataset: Dataset) -> list[str]:
     if not names:
         return []
     return [
-        f"data.{dataset.name}: the prompts of {len(names)} images are cut at "
-        f"{75 * dataset.repeats} tokens ({names[0]} …); raise model.tokenizer_repeats"
+        f"data.{dataset.name}: the prompts of {len(names)} images are cut at {75 * dataset.repeats}"
+        f" tokens ({captions.shown(names[0])} …); raise model.tokenizer_repeats"
     ]
 
 
@@ -379,10 +392,11 @@ def _dataset_lines(dataset: Dataset) -> list[str]:
     lines = [
         f"{dataset.name}: {len(dataset.records)} images, {dataset.num_batches} batches of "
         f"{dataset.plan.batch_size} an epoch, loss weight {dataset.loss_weight:g}"
+        + (", target: the model before training" if dataset.teacher else "")
     ]
     lines += [f"  {line}" for line in report.bucket_lines(dataset)]
     first = dataset.records[0]
-    lines.append(f"  e.g. {first.path.name}: {source.prompt(first, 0)!r}")
+    lines.append(f"  e.g. {captions.shown(first.path.name)}: {source.prompt(first, 0)!r}")
     if first.recipe.negative:
         lines.append(f"  against {source.negative(first, 0)!r}")
     return lines

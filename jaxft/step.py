@@ -4,7 +4,8 @@ A batch is what `jaxft.data.loader` makes: `input_ids` int32 [b, r, 77] (and `in
 second text encoder) or `encoder_hidden_states` [b, 75r + 2, d] (and `pooled_text_embeds` [b, p]),
 `weight` float32 [b], `moments` float32 [b, h, w, 8] or `pixel_values` uint8 [b, 8h, 8w, 3], and for
 Stable Diffusion XL `time_ids` float32 [b, 6]; beside `input_ids`, where words are pairs,
-`negative_input_ids` of the same shape (and `negative_input_ids_2`).
+`negative_input_ids` of the same shape (and `negative_input_ids_2`). Where there is a `teacher`
+float32 [b], the target is what the model predicted before training.
 
 `gradients` is compiled once for every shape of batch, `update` once: a step calls `gradients` for
 each batch (several data sets, accumulation), adding up, then `update`.
@@ -28,7 +29,8 @@ from jaxft.shapes import NEGATIVE, TEXT_INPUTS, TEXT_STATES, Latents, Params, Pi
 
 Weights = dict[str, Params]
 """Network (`unet`, `vae`, `text_encoder`) -> its weights, or some of them; `lora_unet`, … -> the
-factors of a network's LoRAs; `words` -> word -> its rows [n, d]."""
+factors of a network's LoRAs; `words` -> word -> its rows [n, d]; `teacher_unet`, … -> what is
+trained, as it began."""
 
 
 class TrainState(NamedTuple):
@@ -101,10 +103,12 @@ def loss(
 ) -> Float[Array, ""]:
     """Mean error of the UNet's prediction, squared by default; Ho et al. 2020, eq. 14; float32."""
     nets, noising, how = objective.networks, objective.schedule, objective.loss
+    parts = (*nets, "words")
     weights = {
         name: frozen.get(name, {}) | trainable.get(name, {}) | trainable.get(f"lora_{name}", {})
-        for name in nets
+        for name in parts
     }
+    before = {name: frozen.get(name, {}) | frozen.get(f"teacher_{name}", {}) for name in parts}
     moments = batch.get("moments")
     if moments is None:
         moments = encode_pixels(nets["vae"], weights["vae"], batch["pixel_values"])
@@ -115,35 +119,39 @@ def loss(
     for number, (name, keys) in enumerate(objective.dropouts.items()):
         drawn = jax.random.split(jax.random.fold_in(draws.dropout_key, number), len(keys))
         weights[name] |= dict(zip(keys, drawn, strict=True))
-    words = {**frozen.get("words", {}), **trainable.get("words", {})}
-    text = _text(objective, weights, conditioning.stack(words), batch)
-    unet = params.bind(nets["unet"], weights["unet"])
-    predicted = _predict(unet, noisy.astype(objective.dtype), draws.timesteps, text, batch, how)
-    wanted = schedule.target(noising, latents, draws.noise, draws.timesteps)
+        before[name] |= dict(zip(keys, drawn, strict=True))
+    noisy = noisy.astype(objective.dtype)
+    predicted = _predict(objective, weights, batch, noisy, draws.timesteps)
+    if "teacher" in batch:
+        wanted = _predict(objective, before, batch, noisy, draws.timesteps).astype(jnp.float32)
+    else:
+        wanted = schedule.target(noising, latents, draws.noise, draws.timesteps)
     scale = None if how.weights is None else jnp.asarray(how.weights)[draws.timesteps]
     return losses.mean_error(predicted, wanted, batch["weight"], error=how.error, scale=scale)
 
 
 def _predict(
-    unet: Any,
+    objective: Objective,
+    weights: Weights,
+    batch: dict[str, Array],
     noisy: Latents,
     timesteps: Timesteps,
-    text: tuple[Any, Any],
-    batch: dict[str, Array],
-    how: losses.Loss,
 ) -> Latents:
-    """What the UNet predicts; guided, where there are negative prompts, as while sampling."""
-    states, pooled = text
-    if not _is_guided(batch):
-        added = Added(pooled, batch["time_ids"]) if "time_ids" in batch else None
-        return unet(noisy, timesteps, states, added)
-    assert how.guidance is not None, "a plan has guidance where words are pairs"
-    twice = [jnp.concatenate([x, x]) for x in (noisy, timesteps)]
-    added = None
-    if "time_ids" in batch:
-        added = Added(pooled, jnp.concatenate([batch["time_ids"]] * 2))
-    negative, positive = jnp.split(unet(*twice, states, added).astype(jnp.float32), 2)
-    scale = jnp.asarray(how.guidance)[timesteps][:, None, None, None]
+    """What the UNet says of noisy latents; guided, where there are negative prompts."""
+    text, pooled = _text(objective, weights, batch)
+    twice = 2 if _is_guided(batch) else 1
+
+    def again(x: Array) -> Array:
+        return jnp.concatenate([x] * twice)
+
+    added = Added(pooled, again(batch["time_ids"])) if "time_ids" in batch else None
+    unet = params.bind(objective.networks["unet"], weights["unet"])
+    predicted = unet(again(noisy), again(timesteps), text, added)
+    if twice == 1:
+        return predicted
+    assert objective.loss.guidance is not None, "a plan has guidance where words are pairs"
+    negative, positive = jnp.split(predicted.astype(jnp.float32), 2)
+    scale = jnp.asarray(objective.loss.guidance)[timesteps][:, None, None, None]
     return negative + scale * (positive - negative)
 
 
@@ -151,9 +159,7 @@ def _is_guided(batch: Mapping[str, Array]) -> bool:
     return any(name.startswith(NEGATIVE) for name in batch)
 
 
-def _text(
-    objective: Objective, weights: Weights, words: Array | None, batch: dict[str, Array]
-) -> tuple[Any, Any]:
+def _text(objective: Objective, weights: Weights, batch: dict[str, Array]) -> tuple[Any, Any]:
     """What the UNet is told of the prompts: encoded here, or before the first step. Negative
     prompts, where there are any, come before the others, as in HCP-Diffusion: [2b, …]."""
     states, pooled = TEXT_STATES
@@ -167,7 +173,7 @@ def _text(
             for name in encoders
         ],
         [jnp.concatenate([batch[s + TEXT_INPUTS[name]] for s in starts]) for name in encoders],
-        words,
+        conditioning.stack(weights["words"]),
         clip_skip=objective.clip_skip,
         final_norm=objective.clip_final_norm,
     )

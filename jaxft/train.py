@@ -25,7 +25,7 @@ from jaxft import plan as plans
 from jaxft.checkpoint import Checkpoints
 from jaxft.compiled import Programs
 from jaxft.config import Config
-from jaxft.data import bucket_table, loader
+from jaxft.data import bucket_table, latents, loader
 from jaxft.data.loader import Dataset
 from jaxft.data.source import negative, prompt
 from jaxft.errors import UserError
@@ -215,16 +215,31 @@ def _to_devices(plan: Plan) -> Run:
         loss_weights=[dataset.loss_weight for dataset in plan.datasets],
         accumulation=plan.accumulation,
     )
+    if any(dataset.teacher for dataset in plan.datasets):
+        frozen |= _teacher(_initial(plan), dtype)
     key = jax.device_put(jax.random.key(config.seed), meshes.replicated(plan.mesh))
     return Run(plan, programs, _placed(plan, frozen), key)
+
+
+def _initial(plan: Plan) -> Weights:
+    """What is trained as it is before the first step, on the host."""
+    trainable = selection.initial(plan.selection, plan.model, plan.config.seed)
+    return trainable | ({words.PART: plan.words.trained} if plan.words.groups else {})
+
+
+def _teacher(initial: Weights, dtype: Any) -> Weights:
+    """What is trained, as it is before the first step, beside the frozen weights."""
+    teacher: Weights = {}
+    for part, weights in initial.items():
+        name = f"teacher_{part.removeprefix('lora_')}"
+        teacher[name] = teacher.get(name, {}) | params.cast(weights, dtype)
+    return teacher
 
 
 def _start(run: Run, checkpoints: Checkpoints, start: int, log: RunLog) -> TrainState:
     """The state of a checkpoint, or of step 0; says so if the data is not what it was."""
     plan = run.plan
-    trainable = selection.initial(plan.selection, plan.model, plan.config.seed)
-    if plan.words.groups:
-        trainable[words.PART] = plan.words.trained
+    trainable = _initial(plan)
     if not start:
         return run.programs.init(_placed(plan, trainable))
     state, extra = checkpoints.restore(start, run.programs.state(trainable))
@@ -240,11 +255,12 @@ def _fingerprint(plan: Plan) -> str:
     """SHA-256 of all that the batches are made of, and of the words that are not trained."""
     lines = [params.digest(plan.words.frozen)] if plan.words.frozen else []
     lines += [
-        f"{dataset.name} {dataset.plan.batch_size} {record.digest} {size} {prompt(record, 0)}"
+        f"{dataset.name} {dataset.plan.batch_size} {latents.key(record, size)} {record.crop} "
+        f"{record.flip} {prompt(record, 0)}"
         + "".join(record.captions[1:])
         + (negative(record, 0) if record.recipe.negative else "")
         for dataset in plan.datasets
-        for record, size in dataset.wanted
+        for record, size in zip(dataset.records, dataset.sizes, strict=True)
     ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -263,6 +279,8 @@ def _one_of_each_shape(dataset: Dataset) -> list[dict[str, jax.ShapeDtypeStruct]
             name: ((rows, *value.shape[1:]), value.dtype) for name, value in text.items()
         }
         batch["weight"] = ((rows,), np.float32)
+        if dataset.teacher:
+            batch["teacher"] = ((rows,), np.float32)
         if dataset.with_sizes:
             batch["time_ids"] = ((rows, 6), np.float32)
         if dataset.moments is None:
