@@ -313,11 +313,11 @@ def test_masks_divide_the_loss_among_the_places_of_an_image():
     """It is linear in the mask: halves add up to the whole, and white counts five times."""
     setup = Setup()
     batch = setup.batch(0)
-    compute = jax.jit(
-        lambda mask: step.loss(
-            setup.objective, setup.trainable, setup.frozen, batch | {"mask": mask}, setup.key
-        )
-    )
+    loss = jax.jit(lambda t, f, b: step.loss(setup.objective, t, f, b, setup.key))
+
+    def compute(mask: np.ndarray) -> float:
+        return float(loss(setup.trainable, setup.frozen, batch | {"mask": mask}))
+
     whole = np.ones(batch["moments"].shape[:3], np.float32)
     left = whole * (np.arange(whole.shape[2]) < 2)
     np.testing.assert_allclose(compute(left) + compute(whole - left), compute(whole), rtol=1e-6)
