@@ -307,19 +307,3 @@ def test_a_teacher_is_the_model_as_it_began():
     }
     errors = ((predict() - before) ** 2).mean((1, 2, 3))
     assert run(trained) == pytest.approx(float(errors[:3].mean()), rel=1e-4)
-
-
-def test_masks_divide_the_loss_among_the_places_of_an_image():
-    """It is linear in the mask: halves add up to the whole, and white counts five times."""
-    setup = Setup()
-    batch = setup.batch(0)
-    loss = jax.jit(lambda t, f, b: step.loss(setup.objective, t, f, b, setup.key))
-
-    def compute(mask: np.ndarray) -> float:
-        return float(loss(setup.trainable, setup.frozen, batch | {"mask": mask}))
-
-    whole = np.ones(batch["moments"].shape[:3], np.float32)
-    left = whole * (np.arange(whole.shape[2]) < 2)
-    np.testing.assert_allclose(compute(left) + compute(whole - left), compute(whole), rtol=1e-6)
-    np.testing.assert_allclose(compute(5 * whole), 5 * compute(whole), rtol=1e-6)
-    assert 0 < compute(left) < compute(whole)
