@@ -111,7 +111,7 @@ def test_the_training_is_of_subject_and_class_and_the_class_can_be_left_out(offl
     config, notices = configuration.load(demo.TRAINING)
     roots = {name: dataset.source.pictures.img_root for name, dataset in config.data.items()}
     assert roots == {"subject": "builtin:demo/subject", "class": "builtin:demo/class"}
-    assert config.data["class"].teacher and not config.data.subject.teacher
+    assert (config.data["class"].teacher, config.data.subject.teacher) == (True, False)
     assert not notices
     alone, _ = configuration.load(demo.TRAINING, ["data.class=---"])
     assert set(alone.data) == {"subject"}
