@@ -3,7 +3,7 @@
 | kind | the layer's weight W becomes | source |
 |---|---|---|
 | lora | W + s · up · down | Hu et al. 2021 (https://arxiv.org/abs/2106.09685) |
-| locon | the same; down of a kernel is mid · down, Tucker's form | Yeh et al. 2023 (arXiv 2309.14859) |
+| locon | the same; down of a kernel is mid · down, Tucker's form | Yeh et al. 2023, 2309.14859 |
 | loha | W + s · (w1_a · w1_b) ∘ (w2_a · w2_b) | Hyeon-Woo et al. 2021 (arXiv 2108.06098) |
 | lokr | W + s · w1 ⊗ w2 | Yeh et al. 2023 |
 | dora | (W + s · up · down) · dora_scale / norms of its columns | Liu et al. 2024, 2402.09353 |
@@ -70,11 +70,11 @@ class Adapter(nnx.Module):
         self,
         x: Float[Array, "... i"],
         y: Float[Array, "... o"],
-        weight: Array,
-        product: Callable[[Array, Array], Array],
+        weight: Any,
+        product: Callable[[Array, Any], Array],
     ) -> Float[Array, "... o"]:
-        factors = {name: getattr(self, name)[...] for name in self.names}
-        work = Work(x, y, weight, product, self.scale, self._drop)
+        factors = {name: jnp.asarray(getattr(self, name)[...]) for name in self.names}
+        work = Work(x, y, jnp.asarray(weight), product, self.scale, self._drop)
         return FORWARD[self.kind](factors, work).astype(y.dtype)
 
     def _drop(self, inner: Float[Array, "b ... r"]) -> Float[Array, "b ... r"]:

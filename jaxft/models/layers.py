@@ -7,6 +7,7 @@ is that of the activations; the statistics of norms are float32. Layers are only
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ class Linear(nnx.Module):
             y = adapter(x, y, weight, self._product)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
-    def _product(self, x: Array, weight: Array) -> Array:
+    def _product(self, x: Array, weight: Any) -> Array:
         return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype))
 
 
@@ -63,7 +64,7 @@ class Conv2d(nnx.Module):
             y = adapter(x, y, weight, self._product)
         return y + self.bias[...].astype(x.dtype)
 
-    def _product(self, x: Array, kernel: Array) -> Array:
+    def _product(self, x: Array, kernel: Any) -> Array:
         weight = kernel.astype(x.dtype)
         if weight.shape[2:] == (1, 1):
             return jnp.einsum("bhwi,oi->bhwo", x, weight[:, :, 0, 0])
@@ -85,7 +86,7 @@ class Conv2d(nnx.Module):
     def _few_pixels(self, x: Array) -> bool:
         return jax.default_backend() == "cpu" and math.prod(self._output_size(x)) < FEW_PIXELS
 
-    def _sum_of_taps(self, x: Array, weight: Array) -> Array:
+    def _sum_of_taps(self, x: Array, weight: Any) -> Array:
         height, width = self._output_size(x)
         x = jnp.pad(x, ((0, 0), self.padding, self.padding, (0, 0)))
 
