@@ -39,8 +39,8 @@ class Change(NamedTuple):
     def delta(self, weight: Any) -> np.ndarray:
         """What is added to the layer's weight at strength 1, float32, in the weight's shape."""
         weight = np.asarray(weight, np.float32)
-        factors = {name: np.asarray(value, np.float32) for name, value in self.factors.items()}
         with jax.default_device(jax.devices("cpu")[0]):
+            factors = {n: jnp.asarray(v, jnp.float32) for n, v in self.factors.items()}
             changed = WEIGHTS[self.kind](factors, jnp.asarray(weight), self.scale)
             return np.asarray(changed) - weight
 
