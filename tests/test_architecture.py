@@ -13,12 +13,12 @@ LAYERS = (
     {"builtin", "tensor_file"},
     {"arithmetic", "checkpoint", "cli", "compile_cache", "gallery", "lock", "log", "mesh"}
     | {"params", "patterns", "schema", "signals", "data", "models"},
-    {"lycoris", "report"},
+    {"lycoris", "origins", "report"},
     {"low_rank"},
     {"diffusion", "foreign", "formats", "tuning"},
     {"compat", "config", "selection", "step"},
     {"loss_options"},
-    {"compiled", "inspection", "merging", "pickled", "plan", "verify"},
+    {"compiled", "explain", "inspection", "merging", "pickled", "plan", "start", "verify"},
     {"caches", "records"},
     {"convert", "sample", "train"},
 )
@@ -36,7 +36,7 @@ OWNERS = {
     "sklearn": {"data.buckets"},
     "tensorboardX": {"log"},
     "transformers": {"data.tokens"},
-    "yaml": {"config", "data.caption_tables"},
+    "yaml": {"config", "data.caption_tables", "origins"},
 }
 """Library -> the modules that may import it."""
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from lycoris.functional.general import factorization
 from lycoris.modules.diag_oft import DiagOFTModule
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
@@ -95,6 +96,13 @@ def test_an_adapter_begins_at_the_model(kind, rng):
     weight = rng.standard_normal(own.shape, np.float32)
     made = adapters.result({"a": [own]}, adapters.init({"a": [own]}, 0, {"a.weight": weight}))
     np.testing.assert_allclose(made["a"].delta(weight), 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [-1, 4, 12, 16])
+def test_widths_are_factored_as_lycoris_does(factor):
+    for width in (320, 640, 768, 1024, 1280, 2560, 3072, 5120):
+        made = Adapter("g", (width, width), 1, 1.0, 0.0, "lokr", factor=factor)
+        assert made.shapes["lokr_w1"] == (factorization(width, factor)[0],) * 2
 
 
 @pytest.mark.parametrize("kind", list(THEIRS))

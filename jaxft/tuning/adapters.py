@@ -67,8 +67,16 @@ class Adapter(NamedTuple):
     @property
     def scale(self) -> float:
         """What the product of the factors is multiplied by; of `oft` the limit of a turn."""
-        whole = {name: range(shape[0]) for name, shape in self.shapes.items()}
-        return lycoris.scale(self.kind, whole, self.alpha)
+        return lycoris.scale(self.kind, self._rows, self.alpha)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether alpha is divided by the rank; `oft` and a `lokr` of whole factors have none."""
+        return lycoris.rank(self._rows) is not None
+
+    @property
+    def _rows(self) -> dict[str, range]:
+        return {name: range(shape[0]) for name, shape in self.shapes.items()}
 
     @property
     def size(self) -> int:
@@ -102,6 +110,27 @@ def check(lora: LoraGroup) -> None:
             raise UserError(f"{name}.{key}: {share:g} must be from 0 to below 1")
         if share and lora.kind in WITHOUT_DROPOUT:
             raise UserError(f"{name}.{key}: {lora.kind} has nothing that it could drop; use 0")
+
+
+def describe(own: Sequence[Adapter]) -> str:
+    """A group's adapters in words, by kind: how many, their ranks and scales."""
+    texts = []
+    for kind in dict.fromkeys(one.kind for one in own):
+        these = [one for one in own if one.kind == kind]
+        texts.append(f"{'LoRAs' if kind == 'lora' else kind} of {len(these)} layers")
+        if kind == "oft":
+            sides = [one.shapes["oft_blocks"][1] for one in these]
+            texts.append(f"blocks of {_span(sides)} channels, limit {_span([these[0].alpha])}")
+        elif scaled := [one for one in these if one.is_scaled]:
+            ranks, scales = ([getattr(one, what) for one in scaled] for what in ("rank", "scale"))
+            texts.append(f"rank {_span(ranks)}, scale {_span(scales)} (alpha / rank)")
+        if kind == "lokr" and (whole := sum(not one.is_scaled for one in these)):
+            texts.append(f"both factors whole in {whole}, where rank and alpha have no influence")
+    return ", ".join(texts)
+
+
+def _span(values: Sequence[float]) -> str:
+    return " to ".join(f"{value:g}" for value in dict.fromkeys((min(values), max(values))))
 
 
 def choose(lora: LoraGroup, names: Sequence[str], shapes: Mapping[str, Any]) -> Adapters:
@@ -211,7 +240,7 @@ def init(
     for name, adapter in _named(adapters):
         for factor, shape in adapter.shapes.items():
             full = f"{name}.{factor}"
-            random = np.random.default_rng([seed, zlib.crc32(name.encode())])
+            random = np.random.default_rng([seed, zlib.crc32(_stream(name, factor).encode())])
             if factor == "dora_scale":
                 assert weights is not None
                 host = np.asarray(weights[f"{name.rpartition('.lora.')[0]}.weight"], np.float32)
@@ -221,11 +250,15 @@ def init(
                 bound = 1 / math.sqrt(math.prod(shape[1:]))
                 made[full] = random.uniform(-bound, bound, shape).astype(np.float32)
             elif factor in NORMAL:
-                random = np.random.default_rng([seed, zlib.crc32(full.encode())])
                 made[full] = random.normal(0, NORMAL[factor], shape).astype(np.float32)
             else:
                 made[full] = np.zeros(shape, np.float32)
     return made
+
+
+def _stream(name: str, factor: str) -> str:
+    """What a factor's numbers are drawn from: `down` from the adapter's name, as it always was."""
+    return name if factor == "down" else f"{name}.{factor}"
 
 
 def result(adapters: Adapters, factors: Mapping[str, Any]) -> dict[str, LowRank | Change]:
