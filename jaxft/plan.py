@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxft import cli, compat, gallery, loss_options, params, report, selection
+from jaxft import averaging, cli, compat, gallery, loss_options, params, report, selection
 from jaxft import config as configs
 from jaxft import mesh as meshes
 from jaxft.config import Config
@@ -29,6 +29,7 @@ from jaxft.formats import diffusers_folder, single_file
 from jaxft.selection import Selection
 from jaxft.shapes import TEXT_INPUTS
 from jaxft.tuning import optimizers, schedules
+from jaxft.tuning.ema import Average
 from jaxft.tuning.groups import Group, Labels
 
 COMPUTE = {"bf16": "bfloat16", "no": "float32"}
@@ -50,6 +51,8 @@ class Plan(NamedTuple):
     rates: dict[str, schedules.Rate]
     """Of each group, in updates made."""
     optimizer: optax.GradientTransformation
+    average: Average | None
+    """How a moving average of what is trained is kept."""
     datasets: list[Dataset]
     total_steps: int
     notices: list[str]
@@ -104,6 +107,7 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
         selected,
         rates,
         optimizers.grouped(selected.labels, transforms, config.train.max_grad_norm),
+        averaging.from_config(config, total_steps),
         datasets,
         total_steps,
         [*notices, *opened, *selected.notices, *told],
@@ -275,6 +279,7 @@ def describe(plan: Plan) -> str:
             ],
         ),
         ("loss", _loss_lines(config.train)),
+        ("average", averaging.told(plan.average)),
         ("notice", plan.notices),
     ]
     return "\n".join(

@@ -81,10 +81,14 @@ class Numbers:
         self._logged = step
 
 
-def parts_of(plan: Plan, trained: Trained) -> dict[str, Kinds]:
-    """File (`unet`, `text_encoder`) -> what HCP-Diffusion has in it."""
-    full = {network: trained[network] for network in trained if network in plan.model.parts}
-    kinds = {"base": full, "lora": lora.hcp_names(selection.lora(plan.selection, trained))}
+def parts_of(plan: Plan, trained: Trained, average: Trained) -> dict[str, Kinds]:
+    """File (`unet`, `text_encoder`) -> what HCP-Diffusion has in it; `average` may be empty."""
+    kinds = {}
+    for ending, weights in {"": trained, "_ema": average}.items():
+        if weights:
+            own = {network: weights[network] for network in weights if network in plan.model.parts}
+            factors = selection.lora(plan.selection, weights)
+            kinds |= {f"base{ending}": own, f"lora{ending}": lora.hcp_names(factors)}
     files: dict[str, Kinds] = {}
     for kind, networks in kinds.items():
         for file, named in hcp.by_file(networks, plan.model.family.is_xl).items():
@@ -138,11 +142,23 @@ def merged(plan: Plan, trained: Trained) -> Model:
     return plan.model.replace(**parts)
 
 
-def export(plan: Plan, trained: Trained, folder: Path) -> Iterator[Path]:
+def export(plan: Plan, trained: Trained, average: Trained, folder: Path) -> Iterator[Path]:
     """Writes the finished model to `folder/export`, in the formats that the configuration names,
-    and the LoRA, if one was trained."""
-    formats = plan.config.export or {}
+    and the LoRA, if one was trained; of the weights or of their average, as it says."""
+    if not plan.config.export:
+        return
     target = folder / "export" / folder.name
+    chosen = {
+        "trained": {"": trained},
+        "average": {"": average},
+        "both": {"": trained, "-ema": average},
+    }
+    for ending, weights in chosen[plan.config.export.weights].items():
+        yield from _export(plan, weights, target.with_name(f"{target.name}{ending}"))
+
+
+def _export(plan: Plan, trained: Trained, target: Path) -> Iterator[Path]:
+    formats = plan.config.export
     factors = selection.lora(plan.selection, trained)
     if factors and formats.get("lora"):
         file = target.with_name(f"{target.name}-lora.safetensors")

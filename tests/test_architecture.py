@@ -16,7 +16,7 @@ LAYERS = (
     {"low_rank", "report"},
     {"diffusion", "foreign", "formats", "tuning"},
     {"compat", "config", "selection", "step"},
-    {"loss_options"},
+    {"averaging", "loss_options"},
     {"compiled", "inspection", "merging", "pickled", "plan", "verify"},
     {"caches", "records"},
     {"convert", "sample", "train"},
