@@ -12,7 +12,17 @@ PROGRAMS = {
     "plan": "show what a training run would do",
     "sample": "generate images",
     "convert": "convert between diffusers folders and webui files",
+    "config": "show a configuration, and where each value comes from",
+    "init": "copy the configurations that come with jaxft into a folder",
 }
+
+MODULES = {"config": "explain", "init": "start"}
+"""Program -> its module, where that has another name."""
+
+
+def program(name: str) -> Callable[[Sequence[str]], int]:
+    """The `main` of a program."""
+    return importlib.import_module(f"jaxft.{MODULES.get(name, name)}").main
 
 
 def run(program: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> NoReturn:
@@ -34,7 +44,7 @@ def main() -> NoReturn:
     """`jaxft PROGRAM …`: the same as `python -m jaxft.PROGRAM …`."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in PROGRAMS:
-        run(importlib.import_module(f"jaxft.{name}").main, sys.argv[2:])
+        run(program(name), sys.argv[2:])
     print("usage: jaxft PROGRAM …\n")
     print("\n".join(f"  {program:8} {what}" for program, what in PROGRAMS.items()))
     sys.exit(0 if name in ("-h", "--help") else 2)

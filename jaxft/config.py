@@ -18,9 +18,10 @@ from ml_collections import FrozenConfigDict
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from jaxft import arithmetic, foreign
+from jaxft import arithmetic, cli, foreign
 from jaxft import schema as schemas
 from jaxft.errors import UserError
+from jaxft.origins import Layer, message
 from jaxft.schema import Schema
 
 REFERENCES = {"train": "base.yaml", "infer": "infer/base.yaml"}
@@ -33,17 +34,28 @@ DELETED = "---"
 _DTYPES = ("fp32", "amp", "fp16", "bf16")
 
 
-class _Layer(NamedTuple):
-    """What one file, or the command line, says by itself."""
+class Loaded(NamedTuple):
+    """A configuration, and how it came about."""
 
-    name: str
-    tree: dict[str, Any]
+    config: Config
+    notices: list[str]
+    """What to tell the user about it, a line each."""
+    layers: list[Layer]
+    """The files, bases first, and the command line."""
+    merged: dict[str, Any]
+    """The layers put together, without defaults, not interpolated."""
 
 
 def load(
     path: str, overrides: Sequence[str] = (), schema: str = "train"
 ) -> tuple[Config, list[str]]:
-    """The configuration of a run, and what to tell the user about it, a line each.
+    """The configuration of a run, and what to tell the user about it, a line each; see `read`."""
+    loaded = read(path, overrides, schema)
+    return loaded.config, loaded.notices
+
+
+def read(path: str, overrides: Sequence[str] = (), schema: str = "train") -> Loaded:
+    """The configuration of a run.
 
     Args:
         path: a YAML file, or a Python file with `get_config()`, which is run; relative to the
@@ -57,18 +69,33 @@ def load(
         UserError: names every missing, unknown or mistyped key and every unsupported feature,
             with the file it comes from.
     """
-    name = REFERENCES[schema]
-    reference = schemas.from_reference(_read_yaml(shipped_folder() / name, name))
+    reference = read_reference(schema)
     _register_resolvers(datetime.now())
-    layers: list[_Layer] = []
+    layers: list[Layer] = []
     tree = _read_with_bases(_find(path, None, "configuration"), (), layers)
     tree = schemas.name_items(tree, reference.tree)
-    layers.append(_Layer("command line", _from_command_line(overrides, reference)))
+    layers.append(Layer("command line", _from_command_line(overrides, reference)))
     tree = schemas.name_items(_merge(tree, layers[-1].tree, "command line"), reference.tree)
-    tree, notices, problems = _settle(_without_deleted(tree), reference, layers)
+    merged = _without_deleted(tree)
+    tree, notices, problems = _settle(merged, reference, layers)
     if problems:
-        raise UserError("\n".join(dict.fromkeys(_line(*problem, layers) for problem in problems)))
-    return _freeze(tree), [_line(*notice, layers) for notice in notices]
+        raise UserError("\n".join(dict.fromkeys(message(*problem, layers) for problem in problems)))
+    return Loaded(_freeze(tree), [message(*notice, layers) for notice in notices], layers, merged)
+
+
+def read_reference(schema: str) -> Schema:
+    """The reference of a kind of configuration, one of `REFERENCES`."""
+    name = REFERENCES[schema]
+    return schemas.from_reference(_read_yaml(shipped_folder() / name, name))
+
+
+def top_keys(path: str) -> set[str]:
+    """The keys at the top of a file and its bases.
+
+    Raises:
+        UserError: one of them is not there, or no configuration.
+    """
+    return set(_read_with_bases(_find(path, None, "configuration"), (), []))
 
 
 def to_yaml(config: Config | dict[str, Any]) -> str:
@@ -119,7 +146,7 @@ def _find(name: str, beside: Path | None, what: str) -> Path:
 # ------------------------------------------------------------------------------------- reading
 
 
-def _read_with_bases(path: Path, chain: tuple[Path, ...], layers: list[_Layer]) -> dict[str, Any]:
+def _read_with_bases(path: Path, chain: tuple[Path, ...], layers: list[Layer]) -> dict[str, Any]:
     """A file merged over its bases; each file read is appended to `layers`, bases first."""
     if path.resolve() in chain:
         circle = " -> ".join(str(step) for step in (*chain, path.resolve()))
@@ -139,7 +166,7 @@ def _read_with_bases(path: Path, chain: tuple[Path, ...], layers: list[_Layer]) 
     for base in bases:
         below = _read_with_bases(_find(base, path, "`_base_`"), chain, layers)
         tree = _merge(tree, below, str(path))
-    layers.append(_Layer(str(path), own))
+    layers.append(Layer(str(path), own))
     return _merge(tree, own, str(path))
 
 
@@ -253,7 +280,7 @@ def _without_deleted(node: Any) -> Any:
 
 
 def _settle(
-    tree: dict[str, Any], reference: Schema, layers: list[_Layer]
+    tree: dict[str, Any], reference: Schema, layers: list[Layer]
 ) -> tuple[dict[str, Any], list[schemas.Problem], list[schemas.Problem]]:
     """The merged tree as the programs get it, notices, problems.
 
@@ -281,7 +308,7 @@ def _settle(
     foreign.unwrap(tree)
     tree = schemas.name_items(tree, reference.tree)
     tree = schemas.fill(reference, tree, lambda _: False, unknown)
-    problems += [_unknown_key(key, reference) for key in unknown]
+    problems += [foreign.unknown(key, reference) for key in unknown]
     return schemas.check(reference, tree, problems), notices, problems
 
 
@@ -311,16 +338,16 @@ def _register_resolvers(now: datetime) -> None:
         OmegaConf.register_resolver(name, resolver, replace=True)
 
 
-def _resolve(tree: dict[str, Any], layers: list[_Layer]) -> dict[str, Any]:
+def _resolve(tree: dict[str, Any], layers: list[Layer]) -> dict[str, Any]:
     """The tree with every interpolation replaced by its value."""
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except OmegaConfBaseException as error:
         _, missing, key = _first_line(error).partition("Missing mandatory value: ")
         if missing:
-            raise UserError(_line(tuple(key.split(".")), "must be given", layers)) from None
+            raise UserError(message(tuple(key.split(".")), "must be given", layers)) from None
         path = re.sub(r"\[(\d+)\]", r".\1", error.full_key or "").split(".")
-        raise UserError(_line(tuple(path), _first_line(error), layers)) from None
+        raise UserError(message(tuple(path), _first_line(error), layers)) from None
     return _plain(resolved)
 
 
@@ -330,36 +357,6 @@ def _first_line(error: Exception) -> str:
 
 
 # --------------------------------------------------------------------------- messages and result
-
-
-def _line(path: schemas.Path, text: str, layers: list[_Layer]) -> str:
-    """A message about a key, headed by the layer to blame: the last one that has the key, or as
-    much of the way to it as any has; the user's own file (the last but one) if none has a step."""
-
-    def has(node: Any, path: schemas.Path) -> bool:
-        if isinstance(node, list):
-            node = {str(place): item for place, item in enumerate(node)}
-        return not path or (
-            isinstance(node, dict) and path[0] in node and has(node[path[0]], path[1:])
-        )
-
-    for depth in range(len(path), 0, -1):
-        names = [layer.name for layer in layers if has(layer.tree, path[:depth])]
-        if names:
-            return f"{names[-1]}: {'.'.join(path)}: {text}"
-    return f"{layers[-2].name}: {'.'.join(path)}: {text}"
-
-
-def _unknown_key(key: schemas.Unknown, reference: Schema) -> schemas.Problem:
-    path, value, known = key
-    if "." in path[-1]:
-        return path, "a name must not hold a dot"
-    while foreign.known(path) and isinstance(value, dict) and value:
-        name, value = next(iter(value.items()))
-        path, known = (*path, name), []
-    meant = schemas.nearest(reference, path, known + foreign.names(path[:-1]))
-    hint = f"did you mean {meant}?" if meant else f"known here: {', '.join(known)}"
-    return path, f"unknown key; {hint}"
 
 
 def _check_keys(tree: dict[str, Any], path: tuple[str, ...]) -> None:
@@ -391,3 +388,7 @@ def _freeze(tree: dict[str, Any]) -> Config:
     frozen = FrozenConfigDict(tree)
     put_back(frozen, tree)
     return frozen
+
+
+if __name__ == "__main__":
+    cli.run(cli.program("config"))

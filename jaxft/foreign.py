@@ -8,7 +8,7 @@ anyway, refused. Patterns are as in `jaxft.schema`.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxft.schema import Path, Problem
+from jaxft.schema import Path, Problem, Schema, Unknown, nearest
 
 IGNORED: dict[str, str] = {
     "allow_tf32": "the precision follows from mixed_precision",
@@ -137,6 +137,19 @@ def names(parent: Path) -> list[str]:
         if len(pattern) > depth
         and all(step in ("*", key) for step, key in zip(pattern, parent, strict=False))
     ]
+
+
+def unknown(key: Unknown, schema: Schema) -> Problem:
+    """What to say of a key that neither the schema nor the tables have."""
+    path, value, here = key
+    if "." in path[-1]:
+        return path, "a name must not hold a dot"
+    while known(path) and isinstance(value, dict) and value:
+        name, value = next(iter(value.items()))
+        path, here = (*path, name), []
+    meant = nearest(schema, path, here + names(path[:-1]))
+    hint = f"did you mean {meant}?" if meant else f"known here: {', '.join(here)}"
+    return path, f"unknown key; {hint}"
 
 
 def take_out(tree: dict[str, Any], notices: list[Problem], problems: list[Problem]) -> None:

@@ -13,11 +13,11 @@ LAYERS = (
     {"builtin", "tensor_file"},
     {"arithmetic", "checkpoint", "cli", "compile_cache", "gallery", "lock", "log", "mesh"}
     | {"params", "patterns", "schema", "signals", "data", "models"},
-    {"low_rank", "report"},
+    {"low_rank", "origins", "report"},
     {"diffusion", "foreign", "formats", "tuning"},
     {"compat", "config", "selection", "step"},
     {"averaging", "loss_options"},
-    {"compiled", "inspection", "merging", "pickled", "plan", "verify"},
+    {"compiled", "explain", "inspection", "merging", "pickled", "plan", "start", "verify"},
     {"caches", "records"},
     {"convert", "sample", "train"},
 )
@@ -35,7 +35,7 @@ OWNERS = {
     "sklearn": {"data.buckets"},
     "tensorboardX": {"log"},
     "transformers": {"data.tokens"},
-    "yaml": {"config", "data.caption_tables"},
+    "yaml": {"config", "data.caption_tables", "origins"},
 }
 """Library -> the modules that may import it."""
 
