@@ -52,8 +52,10 @@ class Programs:
     ):
         self._objective, self._optimizer, self._mesh = objective, optimizer, mesh
         self._factors = [weight / accumulation for weight in loss_weights]
-        self._adds_up = accumulation * len(loss_weights) > 1
         self._init = functools.partial(steps.init, optimizer, averages=averages)
+        self._lanes = _lanes(mesh, len(loss_weights))
+        self._adds_up = accumulation * len(self._lanes[0]) > 1
+        self._threads = ThreadPoolExecutor(len(self._lanes))
         self._compiled: dict[Any, Any] = {}
 
     def state(self, trainable: Weights) -> TrainState:
@@ -89,7 +91,7 @@ class Programs:
             for shapes in batches
             for batch in shapes
         }
-        jobs["update"] = (self._update(where), (state, state.trainable))
+        jobs["update"] = (self._update(where), (state, (state.trainable,) * len(self._lanes)))
         if self._adds_up:
             zeros = functools.partial(jax.tree.map, jnp.zeros_like, state.trainable)
             jobs["zeros"] = (jax.jit(zeros, out_shardings=where.trainable), ())
@@ -114,23 +116,38 @@ class Programs:
 
         `state` is used up: its memory holds what is returned.
         """
-        total = self._compiled["zeros"]() if self._adds_up else None
-        losses: list[list[Array]] = [[] for _ in batches]
-        for dataset, parts in enumerate(batches):
-            for part, batch in enumerate(parts):
-                program, numbers = self._compiled[_signature(batch)], self._numbers(dataset, part)
-                value, total = program(
-                    state.trainable, frozen, batch, *numbers, key, state.step, total
-                )
-                losses[dataset].append(value)
+        add_up = functools.partial(self._add_up, state, frozen, key, batches)
+        totals, values = zip(*self._threads.map(add_up, self._lanes), strict=True)
+        losses = [losses for lane in values for losses in lane]
         average = state.average  # is not the update's matter
-        state, norm = self._compiled["update"](state._replace(average={}), total)
+        state, norm = self._compiled["update"](state._replace(average={}), totals)
         return state._replace(average=average), Metrics(losses, norm)
 
     def average(self, state: TrainState, share: float) -> TrainState:
         """The state with its average moved by `share` of its way to the weights; uses it up."""
         moved = self._compiled["average"](state.average, state.trainable, np.float32(share))
         return state._replace(average=moved)
+
+    def _add_up(
+        self,
+        state: TrainState,
+        frozen: Weights,
+        key: Array,
+        batches: Sequence[Sequence[Batch]],
+        lane: Sequence[int],
+    ) -> tuple[Any, list[list[Array]]]:
+        """The weighted sum of a lane's gradients, and the losses of each of its data sets."""
+        total = self._compiled["zeros"]() if self._adds_up else None
+        losses: list[list[Array]] = []
+        for dataset in lane:
+            losses.append([])
+            for part, batch in enumerate(batches[dataset]):
+                program, numbers = self._compiled[_signature(batch)], self._numbers(dataset, part)
+                value, total = program(
+                    state.trainable, frozen, batch, *numbers, key, state.step, total
+                )
+                losses[-1].append(value)
+        return total, losses
 
     def memory(self) -> int:
         """Bytes on a device: arguments and temporaries of the program that needs most."""
@@ -152,13 +169,26 @@ class Programs:
         return jax.jit(run, donate_argnames="total", out_shardings=where)
 
     def _update(self, where: TrainState) -> Callable:
-        run = functools.partial(steps.update, self._optimizer)
+        def run(state, totals):
+            grads = functools.reduce(functools.partial(jax.tree.map, jnp.add), totals)
+            return steps.update(self._optimizer, state, grads)
+
         where_all = (where, meshes.replicated(self._mesh))
         return jax.jit(run, donate_argnums=0, out_shardings=where_all)
 
     def _abstract(self, batch: Batch) -> Any:
         where = meshes.batch_sharding(self._mesh)
         return _placed(dict(batch), jax.tree.map(lambda _: where, dict(batch)))
+
+
+def _lanes(mesh: Mesh, num_datasets: int) -> list[list[int]]:
+    """Data sets whose gradients are added up one after the other, in a thread for each lane.
+
+    Cores that share an operation wait for each other: on a CPU, two data sets side by side take
+    little more than half the time, and their sums twice the memory. Elsewhere there is one lane.
+    """
+    one_cpu = mesh.size == 1 and mesh.devices.item().platform == "cpu"
+    return [[dataset] for dataset in range(num_datasets)] if one_cpu else [[*range(num_datasets)]]
 
 
 def _placed(shapes: Any, where: Any) -> Any:

@@ -24,6 +24,7 @@ IGNORED: dict[str, str] = {
     "model.vae_dtype": "the precision of the VAE is chosen by jaxft",
     "data.*.att_mask_encode": "it has no effect in HCP-Diffusion either",
     "data.*.cache_path": "cache_dir is the folder that latents are kept in",
+    "data.*.return_path": "batches are not seen by users",
     "data.*.bucket.pre_build_bucket": "a run keeps its buckets in buckets.json, for its resumes",
     "encoder_attention_mask": "the padding of a prompt is seen, as it is in training",
     "merge.*.lora.*.dropout": "nothing is dropped while sampling",
@@ -48,6 +49,7 @@ def _one_of(*harmless: Any) -> Callable[[Any, Mapping[str, Any]], bool]:
 
 _NOTHING = _one_of(None, [], {}, 0)
 _LOSS = "the loss is that of what the model predicts"
+_RESUME = "train.resume is the folder of a run, whose whole state is taken up again"
 _COMPONENT = "the model's own is used"
 _MERGED = "only `part` and `lora` are merged"
 
@@ -70,6 +72,8 @@ REFUSED: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
     "tokenizer_pt.replace": (_one_of(False), "words are not trained"),
     "previewer": (_NOTHING, "no images while training; use jaxft.sample"),
     "train.cfg_scale": (_one_of("1.0", "1", 1), "no guidance while training"),
+    "train.resume.ckpt_path": (_NOTHING, _RESUME),
+    "train.resume.start_step": (_NOTHING, _RESUME),
     "train.loss.type": (_one_of("eps"), _LOSS),
     "train.loss.target_type": (_one_of("x0", "eps"), _LOSS),
     "train.loss.pred_type": (_one_of("eps"), _LOSS),
@@ -83,8 +87,13 @@ REFUSED: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
     "model.vae": (_NOTHING, _COMPONENT),
     "model.wrapper": (_NOTHING, _COMPONENT),
     "data.*._target_": (
-        _one_of("hcpdiff.data.TextImagePairDataset", "TextImagePairDataset"),
-        "datasets are hcpdiff.data.TextImagePairDataset",
+        _one_of(
+            "hcpdiff.data.TextImagePairDataset",
+            "TextImagePairDataset",
+            "hcpdiff.data.CropInfoPairDataset",  # what XL is told of sizes and crops it always is
+            "CropInfoPairDataset",
+        ),
+        "datasets are hcpdiff.data.TextImagePairDataset or CropInfoPairDataset",
     ),
     "data.*.encoder_attention_mask": (_one_of(False), "the padding of a caption is seen"),
     "data.*.source.*._target_": (
@@ -98,14 +107,18 @@ REFUSED: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
         ),
         "sources are hcpdiff.data.source.Text2ImageSource or Text2ImageAttMapSource",
     ),
+    "data.*.source.*.cond_root": (_NOTHING, "no images that condition a ControlNet"),
+    "data.*.source.*.cond_dir": (_NOTHING, "no images that condition a ControlNet"),
     "data.*.source.*.att_mask": (_NOTHING, "no attention masks"),
     "data.*.source.*.image_transforms": (_NOTHING, "images are resized and cropped, nothing else"),
     "condition": (_NOTHING, "images are made from text alone"),
     "ex_input": (_NOTHING, "images are made from text alone"),
+    "infer_args.crop_coord": (_NOTHING, "XL is asked for the whole picture"),
     "infer_args.eta": (_NOTHING, "samplers draw no noise of their own"),
     "merge.plugin_cfg": (_NOTHING, _MERGED),
     "merge.*.lora.*.alpha_auto_scale": (_one_of(True), "alpha is divided by the rank, as stored"),
     "merge.*.lora.*.branch": (_NOTHING, "a LoRA has one branch"),
+    "merge.*.lora.*.mask": (_NOTHING, "a LoRA serves prompt and negative prompt alike"),
     "merge.*.plugin": (_NOTHING, _MERGED),
 }
 """Pattern -> (whether a value, beside its siblings, asks for no more than jaxft does; what it

@@ -13,7 +13,7 @@ takes VAE, text encoder and UNet from a finished model and trains the last two f
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import demo_world as world
@@ -21,7 +21,7 @@ import numpy as np
 from demo_base import unet, vae
 
 from jaxft import compile_cache, params, step
-from jaxft.formats import diffusers_folder, families
+from jaxft.formats import diffusers_folder, families, layout
 
 FIGURES = Path(__file__).parent / "demo_base" / "figures.md"
 """What `evaluate_demo.py` found, for the card."""
@@ -32,7 +32,10 @@ def make(work: Path, out: Path, seed: int, start: str | None = None) -> None:
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = unet.write_tokenizer(work / "tokenizer")
     weights: step.Weights | None = None
+    before: list[str] = []
     if start:
+        lines = (layout.locate(start) / "README.md").read_text("utf-8").splitlines()
+        before = [line for line in lines if line.startswith(("| VAE |", "| UNet"))]
         model = diffusers_folder.read(start)
         scaling_factor = model.parts["vae"].config["scaling_factor"]
         weights = {name: params.cast(part.params, np.float32) for name, part in model.parts.items()}
@@ -52,22 +55,26 @@ def make(work: Path, out: Path, seed: int, start: str | None = None) -> None:
     tokenizers = {"text_encoder": work / "tokenizer"}
     model = diffusers_folder.Model(families.SD1, parts, unet.SCHEDULER, tokenizers, out)
     diffusers_folder.write(out, model, "fp16")
-    (out / "README.md").write_text(card(work, seed, scaling_factor), "utf-8")
+    (out / "README.md").write_text(card(work, seed, scaling_factor, before), "utf-8")
     print(f"wrote {out}")
 
 
-def card(work: Path, seed: int, scaling_factor: float) -> str:
-    """The model card."""
+def card(work: Path, seed: int, scaling_factor: float, before: Sequence[str] = ()) -> str:
+    """The model card; `before`: the rows of the model's table that this one went on from."""
     sizes = ", ".join(f"{width}×{height}" for width, height in unet.NUM_SCENES)
-    stages = (
-        ("VAE", "vae", vae.RECIPE),
-        ("UNet and text encoder", "unet", unet.RECIPE),
-    )
+    stages = [
+        ("VAE", work / "vae", vae.RECIPE),
+        ("UNet and text encoder", work / "unet", unet.RECIPE),
+    ]
+    if before:
+        stages = [(f"UNet and text encoder, once more (seed {seed})", work / "unet", unet.AGAIN)]
     rows = "\n".join(
-        f"| {title} | {joined(cycle.steps for cycle in recipe.cycles)} | {recipe.batch} "
-        f"| {joined(cycle.lr for cycle in recipe.cycles)} | {last_loss(work / folder):.4f} |"
-        for title, folder, recipe in stages
-        if (work / folder).is_dir()
+        [*before]
+        + [
+            f"| {title} | {joined(cycle.steps for cycle in recipe.cycles)} | {recipe.batch} "
+            f"| {joined(cycle.lr for cycle in recipe.cycles)} | {last_loss(folder):.4f} |"
+            for title, folder, recipe in stages
+        ]
     )
     return f"""---
 license: apache-2.0
@@ -103,9 +110,10 @@ two figures) was never drawn.
 Muon for matrices and kernels, AdamW for the rest; a rate that falls along a half cosine at the end
 of each cycle, after the numbers of steps that the table names; gradients clipped to 1.
 {sum(unet.NUM_SCENES.values())} pictures of {sizes} pixels
-for the UNet, {unet.NO_CAPTION:.0%} of them without their caption. Seed {seed}. Scaling factor
+for the UNet (as many new ones for each seed), {unet.NO_CAPTION:.0%} of them without their caption.
+Scaling factor
 {scaling_factor:.4f}, measured: latents have unit variance. Made in float32 with
-`python scripts/make_demo_base.py`; stored in float16.
+`python scripts/make_demo_base.py`, the last row with `--start builtin:demo --seed 1`; stored in float16.
 
 ## Measured
 

@@ -38,6 +38,9 @@ SECOND = FIRST._replace(steps=12_500, before=FIRST)
 RECIPE = SECOND._replace(steps=15_000, lr=1.2e-3, decay=1.0, before=SECOND)
 """Three cycles of the rate: each went on from the one before, as long as pictures became better."""
 
+AGAIN = Recipe(3000, 32, 1.2e-3, parts=2)
+"""One cycle more for a finished model."""
+
 NUM_SCENES = {(128, 128): 11_200, (160, 96): 2400, (96, 160): 2400}
 """Pictures that the UNet learns from, of each size; every second one shows two figures."""
 
@@ -129,6 +132,7 @@ def train(
     weights: step.Weights | None = None,
 ) -> step.Weights:
     """The weights of UNet and text encoder, trained together; from nothing if none are given."""
+    recipe = AGAIN if weights else RECIPE
     cached = cache_moments(folder / "latents", vae, seed)
     parts = {
         name: params.abstract(lambda name=name: families.SD1.networks[name](configs[name]))
@@ -149,5 +153,5 @@ def train(
     def loss(trainable, batch, key):
         return step.loss(objective, trainable, {}, batch, key)
 
-    batch = functools.partial(unet_batch, cached, tokenizer, RECIPE.batch, seed)
-    return fit(folder / "unet", RECIPE, weights, loss, batch, seed)
+    batch = functools.partial(unet_batch, cached, tokenizer, recipe.batch, seed)
+    return fit(folder / "unet", recipe, weights, loss, batch, seed)

@@ -1,0 +1,72 @@
+"""docs/hcp-diffusion.md says of HCP-Diffusion's examples what jaxft does with them."""
+
+import os
+import re
+from pathlib import Path
+
+import hcp_table
+import pytest
+
+from jaxft import config, foreign
+from jaxft.errors import UserError
+from tests.conftest import ROOT
+
+EXAMPLES = Path(os.environ.get("HCP_EXAMPLES", ROOT.parent / "shared/reference/hcp-examples"))
+"""A folder with HCP-Diffusion's `cfgs`, which are no part of jaxft."""
+
+REASONS = {
+    *((key, f"ignored: {reason}") for key, reason in foreign.IGNORED.items()),
+    *((key, f"not supported: {reason}") for key, (_, reason) in foreign.REFUSED.items()),
+}
+
+
+@pytest.mark.skipif(not EXAMPLES.is_dir(), reason="HCP-Diffusion's examples are not here")
+def test_the_table_is_what_the_files_do():
+    page = hcp_table.PAGE.read_text("utf-8")
+    assert hcp_table.replaced(page, hcp_table.table(EXAMPLES)) == page, (
+        f"python scripts/hcp_table.py {EXAMPLES}"
+    )
+
+
+def test_every_reason_in_the_table_is_one_that_jaxft_gives():
+    """A feature that arrives takes its reason along, and the table is then to be written anew."""
+    page = hcp_table.PAGE.read_text("utf-8")
+    cells = re.findall(r"`([^`]+)`: ((?:ignored|not supported): .*?)(?=; `| \|\n)", page)
+    assert len(cells) > 10
+    assert set(cells) <= REASONS
+
+
+NEEDED = {"train": "model.pretrained_model_name_or_path=m", "infer": "pretrained_model=m"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "key"),
+    [
+        ("train", "train: {resume: {ckpt_path: {unet: [a]}}}", "train.resume.ckpt_path"),
+        ("train", "train: {resume: {start_step: 3}}", "train.resume.start_step"),
+        (
+            "train",
+            "data: {d: {source: {s: {img_root: i, cond_root: c}}}}",
+            "data.d.source.s.cond_root",
+        ),
+        ("infer", "infer_args: {crop_coord: [0, 0, 8, 8]}", "infer_args.crop_coord"),
+        ("infer", "merge: {g: {lora: [{path: a, mask: [0.5, 1]}]}}", "merge.g.lora.0.mask"),
+    ],
+)
+def test_keys_of_hcp_diffusion_are_refused_with_a_reason(tmp_path, schema, text, key):
+    own = tmp_path / "own.yaml"
+    own.write_text(text)
+    with pytest.raises(UserError) as error:
+        config.load(str(own), [NEEDED[schema]], schema)
+    (line,) = str(error.value).splitlines()
+    assert line.startswith(f"{own}: {key}: not supported: ")
+
+
+def test_the_dataset_of_xl_and_an_empty_resume_mean_what_happens_anyway(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        "train: {resume: {ckpt_path: {}, start_step: 0}}\n"
+        "data: {d: {_target_: hcpdiff.data.CropInfoPairDataset, source: {s: {img_root: i}}}}\n"
+    )
+    loaded, notices = config.load(str(own), [NEEDED["train"]])
+    assert (list(loaded.data), loaded.train.resume, notices) == (["d"], None, [])
