@@ -17,7 +17,7 @@ from jaxft import averaging, cli, compat, gallery, loss_options, params, report,
 from jaxft import config as configs
 from jaxft import mesh as meshes
 from jaxft.config import Config
-from jaxft.data import bucket_table, prompts, source
+from jaxft.data import bucket_table, captions, prompts, source
 from jaxft.data.batches import BatchPlan
 from jaxft.data.buckets import Buckets, Size
 from jaxft.data.loader import Dataset
@@ -89,6 +89,7 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
     noising = schedule.from_config(model.scheduler, str(model.folder / "scheduler_config.json"))
     selected = selection.select(config, model, _rate_factor(config, mesh.size))
     datasets, told = _datasets(config, model, mesh.size)
+    _check_latent_caches(config, datasets)
     _check_text_caches(config, selected.labels, datasets)
     total_steps = _total_steps(config.train, datasets[0].num_batches)
     rates = _rates(config.train.scheduler, selected.groups, total_steps)
@@ -183,6 +184,17 @@ def _buckets(
     return buckets, [f"data.{name}: {added} images are new, and go to sizes that the run has"]
 
 
+def _check_latent_caches(config: Config, datasets: Sequence[Dataset]) -> None:
+    """Latents can be encoded before the first step if all views of the images are known."""
+    for dataset in datasets:
+        drawn = any(record.crop == "random" for record in dataset.records)
+        if drawn and config.data[dataset.name].cache_latents:
+            raise UserError(
+                f"data.{dataset.name}.cache_latents: crop: random shows another part of an image "
+                "in every epoch, which is not known before; use cache_latents: false, or center"
+            )
+
+
 def _check_text_caches(config: Config, labels: Labels, datasets: Sequence[Dataset]) -> None:
     """Prompts can be encoded before the first step if encoders stay as they are, and all prompts
     are known."""
@@ -224,8 +236,8 @@ def _truncated(dataset: Dataset) -> list[str]:
     if not names:
         return []
     return [
-        f"data.{dataset.name}: the prompts of {len(names)} images are cut at "
-        f"{75 * dataset.repeats} tokens ({names[0]} …); raise model.tokenizer_repeats"
+        f"data.{dataset.name}: the prompts of {len(names)} images are cut at {75 * dataset.repeats}"
+        f" tokens ({captions.shown(names[0])} …); raise model.tokenizer_repeats"
     ]
 
 
@@ -352,7 +364,7 @@ def _dataset_lines(dataset: Dataset) -> list[str]:
     ]
     lines += [f"  {line}" for line in report.bucket_lines(dataset)]
     first = dataset.records[0]
-    return [*lines, f"  e.g. {first.path.name}: {source.prompt(first, 0)!r}"]
+    return [*lines, f"  e.g. {captions.shown(first.path.name)}: {source.prompt(first, 0)!r}"]
 
 
 def parse(argv: Sequence[str], add: Callable[[argparse.ArgumentParser], object] | None = None):

@@ -32,12 +32,16 @@ MOST_SHOWN, MOST_SHOWN_OF_BUCKET = 240, 12
 
 
 def bucket_lines(dataset: Dataset) -> list[str]:
-    """A line for each bucket, and one for what its last batches lack or leave out."""
+    """A line for each bucket, for what is drawn, and for what last batches lack or leave out."""
     fitted, plan = _fit(dataset), dataset.plan
     lines = [
         f"{_text(size)}: {_bucket_line(dataset, fitted, bucket)}"
         for bucket, size in enumerate(dataset.buckets.sizes)
     ]
+    if mirrored := sum(record.flip for record in dataset.records):
+        lines.append(f"flip: {_count(mirrored, 'image')} mirrored half of the time")
+    if drawn := sum(record.crop == "random" for record in dataset.records):
+        lines.append(f"crop: {_count(drawn, 'image')} cropped at random, anew in every epoch")
     if plan.num_dropped:
         lines.append(f"tail: {_count(plan.num_dropped, 'image')} dropped each epoch")
     if plan.num_filled and plan.tail == "pad":

@@ -25,7 +25,7 @@ from jaxft import plan as plans
 from jaxft.checkpoint import Checkpoints
 from jaxft.compiled import Programs
 from jaxft.config import Config
-from jaxft.data import bucket_table, loader
+from jaxft.data import bucket_table, latents, loader
 from jaxft.data.loader import Dataset
 from jaxft.data.source import prompt
 from jaxft.errors import UserError
@@ -236,10 +236,10 @@ def _start(run: Run, checkpoints: Checkpoints, start: int, log: RunLog) -> Train
 def _fingerprint(plan: Plan) -> str:
     """SHA-256 of all that the batches are made of."""
     lines = [
-        f"{dataset.name} {dataset.plan.batch_size} {record.digest} {size} {prompt(record, 0)}"
-        + "".join(record.captions[1:])
+        f"{dataset.name} {dataset.plan.batch_size} {latents.key(record, size)} {record.crop} "
+        f"{record.flip} {prompt(record, 0)}" + "".join(record.captions[1:])
         for dataset in plan.datasets
-        for record, size in dataset.wanted
+        for record, size in zip(dataset.records, dataset.sizes, strict=True)
     ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

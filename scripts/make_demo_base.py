@@ -113,7 +113,8 @@ of each cycle, after the numbers of steps that the table names; gradients clippe
 for the UNet (as many new ones for each seed), {unet.NO_CAPTION:.0%} of them without their caption.
 Scaling factor
 {scaling_factor:.4f}, measured: latents have unit variance. Made in float32 with
-`python scripts/make_demo_base.py`, the last row with `--start builtin:demo --seed 1`; stored in float16.
+`python scripts/make_demo_base.py`, the row "once more" with `--start builtin:demo --seed 1`; stored
+in float16.
 
 ## Measured
 

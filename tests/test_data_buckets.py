@@ -269,4 +269,4 @@ def test_unscaled_images_are_cropped_and_padded_as_by_pillow(size):
         max(given - wanted, 0) // 2 for given, wanted in zip(image.size, size, strict=True)
     )
     theirs = image.crop((left, top, left + size[0], top + size[1]))  # black beyond the image
-    np.testing.assert_array_equal(crop_and_pad(np.array(image), size), np.array(theirs))
+    np.testing.assert_array_equal(crop_and_pad(image, size), np.array(theirs))

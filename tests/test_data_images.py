@@ -19,6 +19,10 @@ def encoded(image: Image.Image, format_: str = "PNG", **options) -> bytes:
     return stream.getvalue()
 
 
+def pixels(data: bytes, bg_color: tuple[int, int, int] = (255, 255, 255)) -> np.ndarray:
+    return np.asarray(images.decode(data, bg_color))
+
+
 @pytest.mark.parametrize("orientation", [1, 2, 3, 4, 5, 6, 7, 8, 99])
 @pytest.mark.parametrize("format_", ["PNG", "JPEG", "WEBP"])
 def test_exif_orientation_is_applied(orientation, format_):
@@ -26,7 +30,7 @@ def test_exif_orientation_is_applied(orientation, format_):
     exif[0x0112] = orientation
     data = encoded(photograph(1, (48, 32)), format_, exif=exif)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    np.testing.assert_array_equal(images.read(data), np.asarray(upright.convert("RGB")))
+    np.testing.assert_array_equal(pixels(data), np.asarray(upright.convert("RGB")))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
@@ -46,7 +50,7 @@ def test_transparent_parts_show_the_background(mode):
         data, shown = encoded(image), photo if photo.ndim == 3 else photo[..., None]
     share = alpha[..., None] / 255
     over = shown * share + np.array([10, 200, 30]) * (1 - share)
-    got = images.read(data, (10, 200, 30))
+    got = pixels(data, (10, 200, 30))
     # Integer rounding of the blend.
     np.testing.assert_allclose(got, np.broadcast_to(over, got.shape), atol=1)
 
@@ -54,7 +58,7 @@ def test_transparent_parts_show_the_background(mode):
 def test_16_bit_grey_keeps_its_range():
     ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
     for format_ in ("PNG", "TIFF"):
-        got = images.read(encoded(Image.fromarray(ramp), format_))
+        got = pixels(encoded(Image.fromarray(ramp), format_))
         np.testing.assert_array_equal(got, np.rint(ramp / 257)[..., None].repeat(3, -1))
 
 
@@ -63,7 +67,7 @@ def test_other_modes_look_as_pillow_shows_them(mode):
     photo = photograph(2, (40, 24)).convert(mode)
     data = encoded(photo, "TIFF" if mode in ("CMYK", "YCbCr") else "PNG")
     expected = Image.open(io.BytesIO(data)).convert("RGB")
-    np.testing.assert_array_equal(images.read(data), np.asarray(expected))
+    np.testing.assert_array_equal(pixels(data), np.asarray(expected))
 
 
 @pytest.mark.parametrize("format_", ["GIF", "WEBP", "PNG", "TIFF", "MPO"])
@@ -71,7 +75,7 @@ def test_of_several_frames_the_first_counts(format_):
     frames = [photograph(i, (32, 32)) for i in range(3)]
     data = encoded(frames[0], format_, save_all=True, append_images=frames[1:])
     first = Image.open(io.BytesIO(data)).convert("RGB")
-    np.testing.assert_array_equal(images.read(data), np.asarray(first))
+    np.testing.assert_array_equal(pixels(data), np.asarray(first))
 
 
 @pytest.mark.parametrize(
@@ -87,21 +91,14 @@ def test_of_several_frames_the_first_counts(format_):
 )
 def test_what_cannot_be_used_says_why(data, reason):
     with pytest.raises(UserError, match=reason):
-        images.read(data)
+        pixels(data)
 
 
 @pytest.mark.parametrize("format_", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
 def test_a_file_cut_short_is_refused(format_):
     data = encoded(photograph(0, (64, 64)), format_)
     with pytest.raises(UserError):
-        images.read(data[: len(data) * 6 // 10])
-
-
-def test_a_missing_file_and_a_folder_are_refused(tmp_path):
-    with pytest.raises(UserError, match="No such file"):
-        images.read(tmp_path / "a.png")
-    with pytest.raises(UserError):
-        images.read(tmp_path)
+        pixels(data[: len(data) * 6 // 10])
 
 
 def test_a_header_that_lies_is_refused():
@@ -109,7 +106,7 @@ def test_a_header_that_lies_is_refused():
     body = b"IHDR" + struct.pack(">IIBBBBB", 2**31 - 1, 2**31 - 1, 8, 2, 0, 0, 0)
     data = head + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
     with pytest.raises(UserError):
-        images.read(data)
+        pixels(data)
 
 
 @given(st.binary(max_size=200), st.integers(0, 400), st.sampled_from(["PNG", "GIF", "TIFF", "ICO"]))
@@ -120,7 +117,7 @@ def test_damaged_bytes_give_pixels_or_a_reason(noise, at, format_):
     data[at : at + len(noise)] = noise
     outcome = ""
     try:
-        outcome = images.read(bytes(data)).dtype
+        outcome = str(pixels(bytes(data)).dtype)
     except UserError as error:
         outcome = str(error)
     assert outcome
@@ -133,7 +130,7 @@ def test_crop_is_the_centre_at_one_scale(shape, eighths):
     (height, width), size = shape, (8 * eighths[0], 8 * eighths[1])
     x = np.tile(np.arange(width) + 20, (height, 1))
     y = np.tile(np.arange(height)[:, None] + 20, (1, width))
-    got = images.resize_and_crop(np.dstack([x, y, x]).astype(np.uint8), size)
+    got = images.resize_and_crop(Image.fromarray(np.dstack([x, y, x]).astype(np.uint8)), size)
     assert got.shape == (size[1], size[0], 3)
     scale = max(size[0] / width, size[1] / height)
     middle = got.astype(float).mean(axis=(0, 1))
@@ -148,18 +145,18 @@ def test_crop_is_the_centre_at_one_scale(shape, eighths):
 
 
 def test_an_image_of_the_right_size_is_not_touched():
-    photo = np.asarray(photograph(3, (64, 48)))
-    np.testing.assert_array_equal(images.resize_and_crop(photo, (64, 48)), photo)
+    photo = photograph(3, (64, 48))
+    np.testing.assert_array_equal(images.resize_and_crop(photo, (64, 48)), np.asarray(photo))
 
 
 def test_whole_scale_equals_pillow_resize_then_crop():
     photo = photograph(4, (120, 80))
-    got = images.resize_and_crop(np.asarray(photo), (40, 40))
+    got = images.resize_and_crop(photo, (40, 40))
     expected = photo.resize((60, 40), Image.Resampling.LANCZOS).crop((10, 0, 50, 40))
     # Lanczos sees no pixels beyond the kept part, so only the cut edges differ.
     np.testing.assert_array_equal(got[:, 3:-3], np.asarray(expected)[:, 3:-3])
 
 
 def test_a_strip_takes_no_memory():
-    got = images.resize_and_crop(np.zeros((1, 60000, 3), np.uint8), (512, 512))
+    got = images.resize_and_crop(Image.new("RGB", (60000, 1)), (512, 512))
     assert got.shape == (512, 512, 3)

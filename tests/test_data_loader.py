@@ -66,7 +66,7 @@ def test_a_batch_holds_the_images_of_the_plan(parts):
         assert batch["input_ids"].dtype == np.int32
         assert batch["weight"].dtype == np.float32
         for row, image in enumerate(drawn.images.tolist()):
-            whole = images.read(records[image].path)
+            whole = images.decode(records[image].path.read_bytes())
             cropped = images.resize_and_crop(whole, size)
             np.testing.assert_array_equal(batch["pixel_values"][row], cropped)
             prompt = source.prompt(records[image], data.plan.pick(drawn.epoch, image))

@@ -107,7 +107,7 @@ def test_options_that_make_no_sense_are_named(tmp_path, options, key):
 def test_pixels_are_the_crop_and_changes_are_noticed(tmp_path):
     folder = photo_folder(tmp_path / "photos", 2)
     first, second = source.index(folder).records
-    expected = images.resize_and_crop(images.read(first.path), (32, 48))
+    expected = images.resize_and_crop(images.decode(first.path.read_bytes()), (32, 48))
     np.testing.assert_array_equal(source.pixels(first, (32, 48)), expected)
     first.path.write_bytes(second.path.read_bytes())
     second.path.unlink()

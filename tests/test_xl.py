@@ -8,23 +8,9 @@ import torch
 import yaml
 
 from jaxft import params, step, tensor_file, train
-from jaxft.data import loader
 from jaxft.diffusion import schedule
 from jaxft.formats import diffusers_folder
 from tests.data_fixtures import photo_folder
-
-
-@pytest.mark.parametrize(
-    ("original", "size", "wanted"),
-    [
-        ((1024, 1024), (1024, 1024), (1024, 1024, 0, 0, 1024, 1024)),
-        ((2048, 1024), (1024, 1024), (1024, 2048, 0, 512, 1024, 1024)),
-        ((512, 1024), (1024, 1024), (1024, 512, 512, 0, 1024, 1024)),
-        ((300, 200), (640, 448), (200, 300, 0, 16, 448, 640)),
-    ],
-)
-def test_sizes_are_height_before_width_and_the_crop_in_the_scaled_image(original, size, wanted):
-    assert loader.time_ids(original, size).tolist() == list(wanted)
 
 
 def test_the_loss_is_that_of_diffusers_networks(folders, rng):

@@ -79,9 +79,9 @@ class BatchPlan:
             weights[size - missing :] = self.tail == "resample"
         return Batch(epoch, bucket, images, weights)
 
-    def pick(self, epoch: int, image: int) -> int:
-        """A number for this image in this epoch: which line of its prompt template to take."""
-        return int(_raw(self.seed, self.name, epoch, f"prompt {image}", 1)[0])
+    def pick(self, epoch: int, image: int, use: str = "prompt") -> int:
+        """A number of 64 bits for this image in this epoch: of its prompt, or of another use."""
+        return int(_raw(self.seed, self.name, epoch, f"{use} {image}", 1)[0])
 
     def _shuffled(self, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """The order of the epoch's batches, and of each bucket's images."""

@@ -21,6 +21,7 @@ _MAX_BYTES = {"text": 2**20, "table": 2**30}
 """Larger files are refused before they are read."""
 
 Several = Literal["first", "random", "join"]
+Missing = Literal["error", "empty"]
 
 
 class Captions(NamedTuple):
@@ -48,6 +49,7 @@ def load(
     *,
     root: Path | None = None,
     several: Several | None = None,
+    missing: Missing = "error",
 ) -> Captions:
     """The captions of the image files `names`, paths below the folder `root`.
 
@@ -56,7 +58,8 @@ def load(
     names with or without suffix. A name that leads out of the folder is a problem.
 
     `several` says what becomes of an image with several lines: the `first` is its caption, a
-    `random` one each time, or all of them, `join`ed by spaces. Without it they are a problem.
+    `random` one each time, or all of them, `join`ed by spaces. Without it they are a problem. So is
+    an image without caption, unless `missing` is `empty`.
 
     Raises:
         UserError: `caption_file` is none of these.
@@ -71,7 +74,7 @@ def load(
     else:
         rows = READERS[form][1](decode(path, _MAX_BYTES["table"]), path, problems)
         found, spare = _from_rows(rows, names, root, path.name, problems)
-    return _settled(found, names, several, problems, spare)
+    return _settled(found, names, several, missing, problems, spare)
 
 
 def _found(place: Place, names: Sequence[str]) -> tuple[Path, str, list[str]]:
@@ -94,7 +97,7 @@ def _found(place: Place, names: Sequence[str]) -> tuple[Path, str, list[str]]:
     if len(tables) != 1 or (texts and form is None):
         raise UserError(
             f"caption_file: the folder {path} holds {len(texts)} .txt or .caption files and "
-            f"{_some(tables) or 'no table'}; name the one file to read, or keep text files in a "
+            f"{some(tables) or 'no table'}; name the one file to read, or keep text files in a "
             "folder without .json, .yaml and .jsonl"
         )
     return path / tables[0], str(files[tables[0]]), []
@@ -196,30 +199,35 @@ def _settled(
     found: Sequence[Lines | None],
     names: Sequence[str],
     several: Several | None,
+    missing: Missing,
     problems: list[str],
     spare: Sequence[str],
 ) -> Captions:
     """One caption for each image, or lines to draw from, and all that there is to say of them."""
     pairs = list(zip(names, found, strict=True))
-    problems = problems + [f"{_shown(name)}: no caption" for name, lines in pairs if lines is None]
+    without = [shown(name) for name, lines in pairs if lines is None]
+    if missing == "error":
+        problems = problems + [f"{name}: no caption" for name in without]
     more = [name for name, lines in pairs if lines and len(lines) > 1]
     if more and several is None:
         problems.append(
-            f"captions of several lines: {_some(more)}; set caption_lines to first, random "
+            f"captions of several lines: {some(more)}; set caption_lines to first, random "
             "(another each time) or join"
         )
     choice = {"first": lambda lines: lines[:1], "join": lambda lines: (" ".join(lines),)}
     texts = [choice.get(several or "", tuple)(lines or ("",)) for lines in found]
     problems += [
-        f"{_shown(name)}: its caption has {max(map(len, lines))} characters, more than "
+        f"{shown(name)}: its caption has {max(map(len, lines))} characters, more than "
         f"{MAX_CHARACTERS}"
         for name, lines in zip(names, texts, strict=True)
         if max(map(len, lines)) > MAX_CHARACTERS
     ]
     empty = [name for name, lines in pairs if lines == ("",)]
-    notices = [f"captions that name no image: {_some(spare)}"] if spare else []
+    notices = [f"captions that name no image: {some(spare)}"] if spare else []
+    if without and missing == "empty":
+        notices.append(f"images without caption, which is then empty: {some(without)}")
     if empty and not problems:
-        notices.append(f"images whose caption is empty: {_some(empty)}")
+        notices.append(f"images whose caption is empty: {some(empty)}")
     return Captions(texts, problems, notices)
 
 
@@ -271,12 +279,12 @@ def _stem(name: str) -> str:
     return str(path.with_suffix(""))
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
     """A name that fits on a line of a message."""
     return name if name.isprintable() else ascii(name)
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
     """The first five names, and how many more there are."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(map(_shown, names[:5])) + more
+    return ", ".join(map(shown, names[:5])) + more

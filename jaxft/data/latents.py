@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from jaxft.data.buckets import VAE_STRIDE
 from jaxft.data.disk import Disk, Memory
+from jaxft.data.images import View
 from jaxft.data.source import Record, pixels
 from jaxft.errors import UserError
 
@@ -32,11 +33,12 @@ class Key(NamedTuple):
     """Width and height that it is cropped to."""
     bg_color: tuple[int, int, int]
     scaled: bool
+    view: View
 
 
 def key(record: Record, size: Size) -> Key:
     """The key of a record's moments: what `source.pixels` reads of the record must be in it."""
-    return Key(record.digest, size, record.bg_color, record.scaled)
+    return Key(record.digest, size, record.bg_color, record.scaled, record.view)
 
 
 def cache(

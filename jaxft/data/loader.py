@@ -12,7 +12,7 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from jaxft.data import latents, prompts, source, text_states
+from jaxft.data import images, latents, prompts, source, text_states
 from jaxft.data.batches import BatchPlan
 from jaxft.data.buckets import Buckets
 from jaxft.data.tokens import Tokenizer
@@ -67,10 +67,18 @@ class Dataset:
         return [Shape(*row) for row in rows if row[2]]
 
     @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """The size that each record is trained in."""
+        return [self.buckets.sizes[bucket] for bucket in self.buckets.assignment.tolist()]
+
+    @property
     def wanted(self) -> list[tuple[source.Record, tuple[int, int]]]:
-        """Every image with its size, for `latents.cache`."""
-        sizes = [self.buckets.sizes[bucket] for bucket in self.buckets.assignment]
-        return list(zip(self.records, sizes, strict=True))
+        """Every view of every image with its size, for `latents.cache`."""
+        return [
+            (view, size)
+            for record, size in zip(self.records, self.sizes, strict=True)
+            for view in source.views(record)
+        ]
 
     @property
     def truncated(self) -> list[str]:
@@ -94,17 +102,19 @@ class Dataset:
             UserError: an image is gone, or another than when it was indexed.
         """
         drawn = self.plan[n]
-        images = drawn.images[rows].tolist()
-        records = [self.records[image] for image in images]
-        texts = [
-            source.prompt(record, self.plan.pick(drawn.epoch, image))
-            for record, image in zip(records, images, strict=True)
+        numbers, size = drawn.images[rows].tolist(), self.buckets.sizes[drawn.bucket]
+        records = [
+            source.framed(self.records[n], size, self.plan.pick(drawn.epoch, n, "view"))
+            for n in numbers
         ]
-        size = self.buckets.sizes[drawn.bucket]
+        texts = [
+            source.prompt(record, self.plan.pick(drawn.epoch, n))
+            for record, n in zip(records, numbers, strict=True)
+        ]
         batch = self.texts(texts)
         batch["weight"] = drawn.weights[rows]
         if self.with_sizes:
-            batch["time_ids"] = np.stack([time_ids(r.size, size, r.scaled) for r in records])
+            batch["time_ids"] = np.stack([time_ids(record, size) for record in records])
         if self.moments is not None:
             entries = [self.moments[latents.key(record, size)] for record in records]
             return batch | {"moments": np.stack(entries)}
@@ -140,24 +150,15 @@ class Dataset:
         return [self.ids(text) for text in texts]
 
 
-def time_ids(original: tuple[int, int], size: tuple[int, int], scaled: bool = True) -> np.ndarray:
-    """What Stable Diffusion XL is told of an image, float32 [6], in pixels.
+def time_ids(record: source.Record, size: tuple[int, int]) -> np.ndarray:
+    """What Stable Diffusion XL is told of a record's view at `size`, float32 [6], in pixels.
 
-    Original height and width, top and left of the crop in the scaled image, height and width of
-    the crop; Podell et al. 2023, section 2.2 (https://arxiv.org/abs/2307.01952).
-
-    Args:
-        original: width and height of the file's image.
-        size: width and height that it is scaled to cover, and cropped to.
-        scaled: or only cropped, where this is False.
+    Original height and width; top and left of the crop in the image, scaled and mirrored as it is
+    shown; height and width of the crop. Podell et al. 2023, section 2.2
+    (https://arxiv.org/abs/2307.01952); the order of steps is that of diffusers' training script.
     """
-    ratios = [wanted / given for wanted, given in zip(size, original, strict=True)]
-    scale = max(ratios) if scaled else 1
-    left, top = (
-        round(max(scale * given - wanted, 0) / 2)
-        for wanted, given in zip(size, original, strict=True)
-    )
-    return np.array([*original[::-1], top, left, *size[::-1]], np.float32)
+    left, top = images.corner(record.size, size, record.view, scaled=record.scaled)
+    return np.array([*record.size[::-1], top, left, *size[::-1]], np.float32)
 
 
 @dataclass(frozen=True)

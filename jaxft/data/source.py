@@ -2,23 +2,27 @@
 
 import hashlib
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
 from jaxft.builtin.names import resolve
-from jaxft.data import captions, images, prompts, templates
+from jaxft.data import captions, images, listing, prompts, templates
+from jaxft.data.captions import shown, some
+from jaxft.data.images import CENTRE, View
 from jaxft.data.text_transforms import Step
 from jaxft.errors import UserError
 
 _MOST_TOLD = 100
 """Problems in one message."""
+
+Crop = Literal["center", "random"]
+"""Which part of an image is kept."""
 
 
 class Record(NamedTuple):
@@ -36,6 +40,11 @@ class Record(NamedTuple):
     bg_color: tuple[int, int, int]
     scaled: bool = True
     """Whether it is scaled to cover the size of its bucket; else it is cropped and padded."""
+    crop: Crop = "center"
+    flip: bool = False
+    """Whether it is mirrored half of the time."""
+    view: View = CENTRE
+    """What is shown of it; see `framed`."""
 
 
 class Source(NamedTuple):
@@ -48,54 +57,44 @@ class Source(NamedTuple):
 def index(
     img_root: str | Path,
     *,
+    recursive: bool = False,
+    min_size: int | None = None,
     caption_file: str | Path | captions.Place | None = None,
     caption_lines: captions.Several | None = None,
+    missing_captions: captions.Missing = "error",
     prompt_template: str | Path | None = None,
     word_names: Mapping[str, object] | None = None,
     text_transforms: Sequence[Step] = (),
     bg_color: Sequence[int] = (255, 255, 255),
+    crop: Crop = "center",
+    flip: bool = False,
     repeat: int = 1,
 ) -> Source:
-    """Reads a folder (not its subfolders): decodes every image once, with a progress bar.
+    """Reads a folder: decodes every image once, with a progress bar.
 
-    Without `prompt_template` the prompt is the caption. Folders may be `builtin:NAME`.
+    Without `prompt_template` the prompt is the caption. Folders may be `builtin:NAME`. The keywords
+    are the keys of a source in `configs/base.yaml`.
 
     Raises:
         UserError: lists every image that cannot be read or has no caption, and why.
     """
     lines = templates.load_templates(prompt_template) if prompt_template else ("{caption}",)
     recipe = prompts.recipe(lines, word_names or {}, text_transforms)
-    color = _color(bg_color)
+    color, root = _color(bg_color), resolve(img_root)
     if repeat < 1:
         raise UserError(f"repeat: {repeat} must be at least 1")
-    paths, notices = _listing(resolve(img_root))
+    found = listing.find(root, recursive=recursive)
     texts = captions.load(
         _place(caption_file),
-        [path.name for path in paths],
-        root=resolve(img_root),
+        found.names,
+        root=root,
         several=caption_lines,
+        missing=missing_captions,
     )
-    problems = list(texts.problems)
-
-    def look(path: Path) -> tuple[tuple[int, int], str] | UserError:
-        try:
-            data = _bytes(path)
-            height, width = images.read(data, color).shape[:2]
-        except UserError as error:
-            return error
-        return (width, height), hashlib.sha256(data).hexdigest()
-
-    records = []
-    pool = ThreadPoolExecutor(os.cpu_count())
-    try:
-        looks = tqdm(pool.map(look, paths), f"reading {img_root}", len(paths), unit="image")
-        for path, lines, found in zip(paths, texts.texts, looks, strict=True):
-            if isinstance(found, UserError):
-                problems.append(f"{path.name}: {found}")
-            else:
-                records.append(Record(path, *found, lines, recipe, color))
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
+    problems, looks = [*found.problems, *texts.problems], []
+    for name, look in zip(found.names, _look_at(root, found.names, color), strict=True):
+        looks.append(None if isinstance(look, UserError) else look)
+        problems += [f"{shown(name)}: {look}"] if isinstance(look, UserError) else []
     if problems:
         more = len(problems) - _MOST_TOLD
         raise UserError(
@@ -103,12 +102,69 @@ def index(
             + "remove these files:\n  "
             + "\n  ".join(problems[:_MOST_TOLD] + ([f"and {more} more"] if more > 0 else []))
         )
-    notices += texts.notices + _unused(recipe, caption_file is not None)
+    notices = [*found.notices, *texts.notices, *_unused(recipe, caption_file is not None)]
+    told = list(zip(found.names, filter(None, looks), strict=True))
+    notices += _what_they_are(told)
+    small = [name for name, look in told if min(look.size) < (min_size or 0)]
+    if small:
+        notices.append(f"left out, smaller than min_size: {len(small)}: {some(small)}")
+    if len(small) == len(told):
+        raise UserError(f"img_root: all images of {img_root} are smaller than min_size {min_size}")
+    records = [
+        Record(root / name, look.size, look.digest, text, recipe, color, crop=crop, flip=flip)
+        for (name, look), text in zip(told, texts.texts, strict=True)
+        if min(look.size) >= (min_size or 0)
+    ]
     return Source(records * repeat, [f"{img_root}: {notice}" for notice in notices])
 
 
+class _Look(NamedTuple):
+    """An image file that can be used."""
+
+    size: tuple[int, int]
+    digest: str
+    kind: images.Kind
+
+
+def _look_at(
+    root: Path, names: Sequence[str], color: tuple[int, int, int]
+) -> list[_Look | UserError]:
+    """What becomes of each image when it is read."""
+
+    def look(name: str) -> _Look | UserError:
+        try:
+            data = _bytes(root / name)
+            size, kind = images.decode(data, color).size, images.kind(data)
+        except UserError as error:
+            return error
+        return _Look(size, hashlib.sha256(data).hexdigest(), kind)
+
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        return list(tqdm(pool.map(look, names), f"reading {root}", len(names), unit="image"))
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
+
+
+def _what_they_are(told: Sequence[tuple[str, _Look]]) -> list[str]:
+    """Notices of images that are not what one would think."""
+    misnamed = [
+        f"{shown(name)} ({look.kind.format})"
+        for name, look in told
+        if Path(name).suffix.casefold() not in images.FORMATS[look.kind.format]
+    ]
+    several = [name for name, look in told if look.kind.frames]
+    notices = []
+    if misnamed:
+        notices.append(f"images whose name says otherwise, and are used: {some(misnamed)}")
+    if several:
+        notices.append(f"of several frames the first is used: {some(several)}")
+    return notices
+
+
 def pixels(record: Record, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
-    """The record's image at `size` (width, height): scaled to cover it, or as it is, and cropped.
+    """The record's view of its image at `size` (width, height): scaled to cover it, or as it is,
+    and cropped.
 
     Raises:
         UserError: the file is gone, or another than when it was indexed.
@@ -120,7 +176,23 @@ def pixels(record: Record, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
     if hashlib.sha256(data).hexdigest() != record.digest:
         raise UserError(f"{record.path} has changed since this run began: start it again")
     fit = images.resize_and_crop if record.scaled else images.crop_and_pad
-    return fit(images.read(data, record.bg_color), size)
+    return fit(images.decode(data, record.bg_color), size, record.view)
+
+
+def framed(record: Record, size: tuple[int, int], pick: int) -> Record:
+    """The record with the view at `size` that a number of 64 bits chooses."""
+    view = record.view
+    if record.crop == "random":
+        columns, rows = map(round, images.slack(record.size, size, scaled=record.scaled))
+        left, top = (pick >> 1) % 2**31 % (columns + 1), (pick >> 32) % (rows + 1)
+        view = View(left / columns if columns else 0.5, top / rows if rows else 0.5)
+    return record._replace(view=view.mirror() if record.flip and pick % 2 else view)
+
+
+def views(record: Record) -> list[Record]:
+    """The record with each of the views that `framed` can give it; none of them drawn at random."""
+    assert record.crop != "random", "such views are not counted"
+    return [record] + ([record._replace(view=record.view.mirror())] if record.flip else [])
 
 
 def prompt(record: Record, pick: int) -> str:
@@ -138,31 +210,11 @@ def _bytes(path: Path) -> bytes:
     try:
         if not path.is_file():  # a pipe would wait for ever
             raise UserError("no such file" if not path.exists() else "not a file")
+        if path.stat().st_size > images.MAX_BYTES:
+            raise UserError(f"more than {images.MAX_BYTES >> 20} MiB: scale it down")
         return path.read_bytes()
     except OSError as error:
         raise UserError(error.strerror or str(error)) from None
-
-
-def _listing(folder: Path) -> tuple[list[Path], list[str]]:
-    """The image files of a folder by name, and a notice of the others."""
-    if not folder.is_dir():
-        raise UserError(f"img_root: the folder {folder} does not exist")
-    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    paths = [path for path in entries if path.suffix.casefold() in images.SUFFIXES]
-    if not paths:
-        nested = " (subfolders are not searched)" if any(path.is_dir() for path in entries) else ""
-        raise UserError(
-            f"img_root: {folder} holds no images{nested}; their names end in "
-            + ", ".join(sorted(images.SUFFIXES))
-        )
-    known = images.SUFFIXES | captions.FILES
-    others = Counter(
-        path.suffix.casefold() or "without suffix"
-        for path in entries
-        if path.suffix.casefold() not in known and not path.is_dir()
-    )
-    ignored = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
-    return paths, [f"ignored files: {ignored}"] if ignored else []
 
 
 def _color(bg_color: Sequence[int]) -> tuple[int, int, int]:
