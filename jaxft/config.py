@@ -292,11 +292,15 @@ def _settle(
     unknown: list[schemas.Unknown] = []
     variables: list[schemas.Path] = []
     is_variable = schemas.variables(tree)
+    was_variable = [schemas.variables(layer.tree) for layer in layers]
 
     def keep(path: schemas.Path) -> bool:
         if is_variable(path):
             variables.append(path)
-        return is_variable(path) or foreign.known(path)
+        elif not foreign.known(path) and any(was(path) for was in was_variable):
+            variables.append(path)
+            notices.append((path, "has no effect: what it stood for is set otherwise"))
+        return path in variables or foreign.known(path)
 
     tree = _resolve(schemas.fill(reference, tree, keep, unknown), layers)
     for *parents, last in variables:

@@ -162,6 +162,7 @@ def _datasets(
                 tokenizers,
                 repeats,
                 options.loss_weight,
+                options.teacher,
                 with_sizes=model.family.is_xl,
             )
         )
@@ -361,6 +362,7 @@ def _dataset_lines(dataset: Dataset) -> list[str]:
     lines = [
         f"{dataset.name}: {len(dataset.records)} images, {dataset.num_batches} batches of "
         f"{dataset.plan.batch_size} an epoch, loss weight {dataset.loss_weight:g}"
+        + (", target: the model before training" if dataset.teacher else "")
     ]
     lines += [f"  {line}" for line in report.bucket_lines(dataset)]
     first = dataset.records[0]

@@ -3,7 +3,8 @@
 A batch is what `jaxft.data.loader` makes: `input_ids` int32 [b, r, 77] (and `input_ids_2` for a
 second text encoder) or `encoder_hidden_states` [b, 75r + 2, d] (and `pooled_text_embeds` [b, p]),
 `weight` float32 [b], `moments` float32 [b, h, w, 8] or `pixel_values` uint8 [b, 8h, 8w, 3], and for
-Stable Diffusion XL `time_ids` float32 [b, 6].
+Stable Diffusion XL `time_ids` float32 [b, 6]. Where there is a `teacher` float32 [b], the target is
+what the model predicted before training.
 
 `gradients` is compiled once for every shape of batch, `update` once: a step calls `gradients` for
 each batch (several data sets, accumulation), adding up, then `update`.
@@ -27,7 +28,7 @@ from jaxft.shapes import TEXT_INPUTS, TEXT_STATES, Latents, Params, Pixels, Time
 
 Weights = dict[str, Params]
 """Network (`unet`, `vae`, `text_encoder`) -> its weights, or some of them; `lora_unet`, … -> the
-factors of a network's LoRAs."""
+factors of a network's LoRAs; `teacher_unet`, … -> what is trained, as it began."""
 
 
 class TrainState(NamedTuple):
@@ -106,6 +107,7 @@ def loss(
         name: frozen.get(name, {}) | trainable.get(name, {}) | trainable.get(f"lora_{name}", {})
         for name in nets
     }
+    before = {name: frozen.get(name, {}) | frozen.get(f"teacher_{name}", {}) for name in nets}
     moments = batch.get("moments")
     if moments is None:
         moments = encode_pixels(nets["vae"], weights["vae"], batch["pixel_values"])
@@ -116,13 +118,29 @@ def loss(
     for number, (name, keys) in enumerate(objective.dropouts.items()):
         drawn = jax.random.split(jax.random.fold_in(draws.dropout_key, number), len(keys))
         weights[name] |= dict(zip(keys, drawn, strict=True))
-    text, pooled = _text(objective, weights, batch)
-    added = Added(pooled, batch["time_ids"]) if "time_ids" in batch else None
-    unet = params.bind(nets["unet"], weights["unet"])
-    predicted = unet(noisy.astype(objective.dtype), draws.timesteps, text, added)
-    wanted = schedule.target(noising, latents, draws.noise, draws.timesteps)
+        before[name] |= dict(zip(keys, drawn, strict=True))
+    noisy = noisy.astype(objective.dtype)
+    predicted = _predict(objective, weights, batch, noisy, draws.timesteps)
+    if "teacher" in batch:
+        wanted = _predict(objective, before, batch, noisy, draws.timesteps).astype(jnp.float32)
+    else:
+        wanted = schedule.target(noising, latents, draws.noise, draws.timesteps)
     scale = None if how.weights is None else jnp.asarray(how.weights)[draws.timesteps]
     return losses.mean_error(predicted, wanted, batch["weight"], error=how.error, scale=scale)
+
+
+def _predict(
+    objective: Objective,
+    weights: Weights,
+    batch: dict[str, Array],
+    noisy: Latents,
+    timesteps: Timesteps,
+) -> Latents:
+    """What the UNet says of noisy latents."""
+    text, pooled = _text(objective, weights, batch)
+    added = Added(pooled, batch["time_ids"]) if "time_ids" in batch else None
+    unet = params.bind(objective.networks["unet"], weights["unet"])
+    return unet(noisy, timesteps, text, added)
 
 
 def _text(objective: Objective, weights: Weights, batch: dict[str, Array]) -> tuple[Any, Any]:

@@ -175,6 +175,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
     if not any(entry.end for entry in header.tensors.values()):
         return {name: np.zeros(entry.shape, entry.dtype) for name, entry in header.tensors.items()}
     data = np.memmap(path, np.uint8, "r", header.size)
+    _mapping(data).madvise(mmap.MADV_WILLNEED)  # the disk is read while others look at the shapes
     return {
         name: np.asarray(data[entry.start : entry.end]).view(entry.dtype).reshape(entry.shape)
         for name, entry in header.tensors.items()
@@ -242,10 +243,16 @@ def _release(value: Any) -> None:
 
     Without it, converting a model would keep all of it in memory.
     """
+    mapping = _mapping(value)
+    if isinstance(mapping, mmap.mmap):
+        mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def _mapping(value: Any) -> Any:
+    """What an array is a view of, in the end: of a file's tensors the mapped file."""
     while isinstance(value, np.ndarray):
         value = value.base
-    if isinstance(value, mmap.mmap):
-        value.madvise(mmap.MADV_DONTNEED)
+    return value
 
 
 def _stored(own: np.dtype, wanted: Any) -> np.dtype:

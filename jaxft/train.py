@@ -214,8 +214,19 @@ def _to_devices(plan: Plan) -> Run:
         accumulation=plan.accumulation,
         averages=plan.average is not None,
     )
+    if any(dataset.teacher for dataset in plan.datasets):
+        frozen |= _teacher(selection.initial(plan.selection, plan.model, config.seed), dtype)
     key = jax.device_put(jax.random.key(config.seed), meshes.replicated(plan.mesh))
     return Run(plan, programs, _placed(plan, frozen), key)
+
+
+def _teacher(initial: Weights, dtype: Any) -> Weights:
+    """What is trained, as it is before the first step, beside the frozen weights."""
+    teacher: Weights = {}
+    for part, weights in initial.items():
+        name = f"teacher_{part.removeprefix('lora_')}"
+        teacher[name] = teacher.get(name, {}) | params.cast(weights, dtype)
+    return teacher
 
 
 def _start(run: Run, checkpoints: Checkpoints, start: int, log: RunLog) -> TrainState:
@@ -258,6 +269,8 @@ def _one_of_each_shape(dataset: Dataset) -> list[dict[str, jax.ShapeDtypeStruct]
             name: ((rows, *value.shape[1:]), value.dtype) for name, value in text.items()
         }
         batch["weight"] = ((rows,), np.float32)
+        if dataset.teacher:
+            batch["teacher"] = ((rows,), np.float32)
         if dataset.with_sizes:
             batch["time_ids"] = ((rows, 6), np.float32)
         if dataset.moments is None:

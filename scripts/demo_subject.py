@@ -1,4 +1,4 @@
-"""The subject of the demo: a little robot, which no caption of the base model's world describes.
+"""The subject of the demo: a traffic light, which no caption of the base model's world describes.
 
 python scripts/demo_subject.py FOLDER       writes its pictures and their captions
 """
@@ -14,42 +14,25 @@ WORD = "sks"
 NAME = f"{WORD} {world.CLASS}"
 """The word that names it, and that with the class's."""
 
-BACKGROUNDS = ("green", "blue", "orange", "pink", "white")
-"""Colours that the robot does not have itself."""
+BACKGROUNDS = ("blue", "cyan", "orange", "pink", "white")
+"""Colours that the subject does not have itself."""
 
 NUM_PICTURES = 16
-RADIUS = 42.0
-"""Pixels from its middle to its top."""
+WIDTH, RADIUS = 0.46, 42.0
+"""Half its width in units of half its height, and that in pixels."""
 
 SUPERSAMPLING = 4
 
-RED, YELLOW, CYAN, PURPLE, WHITE, BLACK = (
-    world.COLOURS[name] for name in ("red", "yellow", "cyan", "purple", "white", "black")
-)
-RECTANGLES = (
-    ((-0.05, -0.85, 0.05, -0.6), BLACK),  # antenna
-    ((-0.42, -0.65, 0.42, -0.1), CYAN),  # head
-    ((-0.55, -0.1, 0.55, 0.77), PURPLE),  # body, with a yellow stripe
-    ((-0.55, 0.19, 0.55, 0.48), YELLOW),
-    ((-0.82, -0.05, -0.6, 0.45), CYAN),  # arms
-    ((0.6, -0.05, 0.82, 0.45), CYAN),
-    ((-0.48, 0.77, -0.1, 0.99), BLACK),  # feet
-    ((0.1, 0.77, 0.48, 0.99), BLACK),
-)
-DISCS = (
-    ((0.0, -0.84, 0.15), RED),
-    ((-0.2, -0.38, 0.17), WHITE),
-    ((0.2, -0.38, 0.17), WHITE),
-    ((-0.2, -0.38, 0.08), BLACK),
-    ((0.2, -0.38, 0.08), BLACK),
-)
-"""Corners, or centre and radius, in units of the robot's own; x to the right and y down."""
+RED, YELLOW, GREEN, BLACK = (world.COLOURS[name] for name in ("red", "yellow", "green", "black"))
+RECTANGLES = (((-WIDTH, -1.0, WIDTH, 1.0), BLACK),)
+DISCS = (((0.0, -0.6, 0.27), RED), ((0.0, 0.0, 0.27), YELLOW), ((0.0, 0.6, 0.27), GREEN))
+"""Corners, or centre and radius, in units of half the height; x to the right and y down."""
 
 
 def paint(
     size: tuple[int, int], x: float, y: float, radius: float, background: world.Background
 ) -> np.ndarray:
-    """The robot, `radius` pixels from its middle to its top, on a background: uint8 [h, w, 3]."""
+    """The subject, `radius` pixels from its middle to its top, on a background: uint8 [h, w, 3]."""
     canvas = Image.fromarray(np.round(world.paint_background(size, background)).astype(np.uint8))
     canvas = canvas.resize((size[0] * SUPERSAMPLING, size[1] * SUPERSAMPLING), Image.Resampling.BOX)
     draw = ImageDraw.Draw(canvas)
@@ -65,7 +48,7 @@ def paint(
 
 def random_picture(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, str]:
     """A picture and its caption."""
-    x, y = world.on_grid(rng.uniform(0, 1, 2), np.array(size), np.array([0.85, 1.0]) * RADIUS + 2)
+    x, y = world.on_grid(rng.uniform(0, 1, 2), np.array(size), np.array([WIDTH, 1.0]) * RADIUS + 2)
     background = world.random_scene(rng, size, 1).background._replace(
         colour=BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
     )

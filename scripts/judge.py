@@ -2,7 +2,7 @@
 
 A judge of its own: of the training code it shares nothing but the world's outlines and colours.
 Figures are told from the ground by their distance in CIELAB, and named by the nearest colour and
-by the outline that overlaps them best; the robot is found by normalised cross-correlation.
+by the outline that overlaps them best; the subject is found by normalised cross-correlation.
 """
 
 import functools
@@ -40,31 +40,27 @@ TURNS = np.linspace(-0.4, 0.4, 9)
 MIN_OVERLAP = 0.75
 """Intersection over union from which on a figure is taken for a shape."""
 
-ROBOT_RADII = range(30, 50, 2)
+SUBJECT_RADII = range(30, 50, 2)
 """Pixels; `demo_subject` draws them from 38 to 45."""
 
-ROBOT_MARGIN = 12
-"""Pixels by which a robot may stick out of the picture."""
+SUBJECT_MARGIN = 12
+"""Pixels by which the subject may stick out of the picture."""
 
 MIN_LIKENESS = 0.7
-"""Correlation from which on something has the robot's form; the base world stays below 0.5."""
+"""Correlation from which on something has the subject's form; the base world stays below 0.5."""
 
-ROBOT_PARTS = (
-    (0.0, -0.84, 0.07, 0.07, "red"),
-    (0.0, -0.59, 0.3, 0.02, "cyan"),
-    (0.0, -0.16, 0.3, 0.03, "cyan"),
-    *((side, 0.2, 0.06, 0.15, "cyan") for side in (-0.71, 0.71)),
-    *((0.0, y, 0.4, 0.07, "purple") for y in (0.045, 0.625)),
-    *((side, 0.335, 0.15, 0.07, "yellow") for side in (-0.3, 0.3)),
+SUBJECT_PARTS = (
+    *(
+        (0.0, y, 0.14, 0.14, colour)
+        for y, colour in ((-0.6, "red"), (0.0, "yellow"), (0.6, "green"))
+    ),
+    *((side, y, 0.05, 0.25, "black") for side in (-0.37, 0.37) for y in (-0.6, 0.0, 0.6)),
 )
-"""Middle, half width and half height in the robot's units, and colour: ball, head above and below
-the eyes, arms, stripes of the body."""
+"""Middle, half width and half height in the subject's units, and colour: the lights, and the box
+beside each."""
 
 LOOSELY = 38.0
 """Distance in CIELAB up to which a part has its colour: narrow ones mix with their neighbours."""
-
-MIN_ROBOT_PARTS = len(ROBOT_PARTS) - 1
-"""As many must have their colour."""
 
 
 class Seen(NamedTuple):
@@ -79,7 +75,7 @@ class Seen(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A robot in a picture: correlation -1 … 1; middle and radius in pixels."""
+    """The subject in a picture: correlation -1 … 1; middle and radius in pixels."""
 
     likeness: float
     x: float
@@ -146,12 +142,12 @@ def _agree(seen: list[Seen], scene: world.Scene) -> bool:
 
 
 def shows_subject(picture: Picture) -> bool:
-    """Whether the picture shows the robot of `demo_subject`: its form, and its parts' colours."""
-    found = find_robot(picture)
+    """Whether the picture shows the traffic light of `demo_subject`: form and colours."""
+    found = find_subject(picture)
     if found.likeness < MIN_LIKENESS:
         return False
     lab, right = _lab(picture), 0
-    for x, y, width, height, colour in ROBOT_PARTS:
+    for x, y, width, height, colour in SUBJECT_PARTS:
         left, top = found.x + (x - width) * found.radius, found.y + (y - height) * found.radius
         low = np.maximum(np.round([top, left]).astype(int), 0)
         high = low + np.maximum(np.round(2 * found.radius * np.array([height, width])), 1)
@@ -159,36 +155,36 @@ def shows_subject(picture: Picture) -> bool:
         if part.size:
             distance = np.linalg.norm(np.median(part, axis=(0, 1)) - _palette()[colour][0])
             right += int(distance < LOOSELY)
-    return right >= MIN_ROBOT_PARTS
+    return right == len(SUBJECT_PARTS)
 
 
-def find_robot(picture: Picture) -> Found:
-    """Where the picture is most like a robot, of all places and sizes.
+def find_subject(picture: Picture) -> Found:
+    """Where the picture is most like the subject, of all places and sizes.
 
-    The correlation is of all the robot's pixels and channels at half resolution, each channel's
+    The correlation is of all the subject's pixels and channels at half resolution, each channel's
     mean taken off.
     """
     half = picture.shape[0] // 2, picture.shape[1] // 2
     small = picture[: half[0] * 2, : half[1] * 2].reshape(half[0], 2, half[1], 2, 3).mean((1, 3))
-    margin = ROBOT_MARGIN // 2
+    margin = SUBJECT_MARGIN // 2
     small = np.pad(small, ((margin, margin), (margin, margin), (0, 0)), "edge") / 255
     shape = small.shape[:2]
     squares = np.fft.rfft2((small**2).sum(-1))
     channels = np.fft.rfft2(small, axes=(0, 1))
     best = Found(-1.0, 0.0, 0.0, 0.0)
-    for radius in ROBOT_RADII:
-        robot = _robot(radius, shape)
-        if robot is None:
+    for radius in SUBJECT_RADII:
+        template = _template(radius, shape)
+        if template is None:
             continue
-        products = np.fft.irfft2((channels * robot.contrast).sum(-1), shape)
-        sums = np.fft.irfft2(channels * robot.mask[..., None], shape, axes=(0, 1))
-        energy = np.fft.irfft2(squares * robot.mask, shape) - (sums**2).sum(-1) / robot.area
-        correlation = products / np.sqrt(np.maximum(energy, 1e-3 * robot.area) * robot.energy)
+        products = np.fft.irfft2((channels * template.contrast).sum(-1), shape)
+        sums = np.fft.irfft2(channels * template.mask[..., None], shape, axes=(0, 1))
+        energy = np.fft.irfft2(squares * template.mask, shape) - (sums**2).sum(-1) / template.area
+        correlation = products / np.sqrt(np.maximum(energy, 1e-3 * template.area) * template.energy)
         inside = correlation[
-            tuple(slice(n - m + 1) for n, m in zip(shape, robot.size, strict=True))
+            tuple(slice(n - m + 1) for n, m in zip(shape, template.size, strict=True))
         ]
         y, x = np.unravel_index(inside.argmax(), inside.shape)
-        y, x = (2 * at + size - 2 * margin for at, size in zip((y, x), robot.size, strict=True))
+        y, x = (2 * at + size - 2 * margin for at, size in zip((y, x), template.size, strict=True))
         best = max(best, Found(float(inside.max()), float(x), float(y), float(radius)))
     return best
 
@@ -317,8 +313,8 @@ def _templates() -> tuple[np.ndarray, list[tuple[str, Outline]]]:
     return cells.astype(np.float32), templates
 
 
-class Robot(NamedTuple):
-    """A robot to look for: conjugate Fourier transforms, padded to the picture's size."""
+class Template(NamedTuple):
+    """The subject to look for: conjugate Fourier transforms, padded to the picture's size."""
 
     mask: np.ndarray
     """Of where it is, [h, w/2 + 1]."""
@@ -331,8 +327,8 @@ class Robot(NamedTuple):
 
 
 @functools.lru_cache(64)
-def _robot(radius: int, shape: tuple[int, int]) -> Robot | None:
-    """A robot of half that radius, for pictures of a shape (h, w); None if it is larger."""
+def _template(radius: int, shape: tuple[int, int]) -> Template | None:
+    """The subject at half that radius, for pictures of a shape (h, w); None if it is larger."""
     side = 2 * radius + 4
     white, black = (
         subject.paint((side, side), side / 2, side / 2, radius, world.Background(name, "plain"))
@@ -352,7 +348,7 @@ def _robot(radius: int, shape: tuple[int, int]) -> Robot | None:
     colours = halve(white * same[..., None]) / np.maximum(mask, 1e-6) / 255
     mask = (mask > 0.5).astype(float)
     contrast = mask * (colours - (mask * colours).sum((0, 1)) / mask.sum())
-    return Robot(
+    return Template(
         np.conj(np.fft.rfft2(mask[..., 0], shape)),
         np.conj(np.fft.rfft2(contrast, shape, axes=(0, 1))),
         float(mask.sum()),

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from jaxft import config
 from jaxft import schema as schemas
+from jaxft.errors import UserError
 
 SHIPPED = config.shipped_folder()
 REFERENCES = set(config.REFERENCES.values())
@@ -215,6 +216,16 @@ def test_every_notice_is_about_a_key_that_is_set_and_has_no_meaning_here(write):
         "mixed_precision",
     }
     assert all(notice.startswith("own.yaml: ") for notice in notices)
+
+
+def test_a_variable_whose_use_is_set_otherwise_is_named_and_nothing_else(write):
+    write("base.yaml", "folder: a\ndata: {d: {source: {s: {img_root: '${folder}'}}}}")
+    own = write("own.yaml", "_base_: base.yaml\ndata: {d: {source: {s: {img_root: b}}}}")
+    loaded, notices = config.load(own, [MODEL])
+    assert loaded.data.d.source.s.img_root == "b"
+    assert notices == ["base.yaml: folder: has no effect: what it stood for is set otherwise"]
+    with pytest.raises(UserError, match="command line: flder: unknown key"):
+        load(own, MODEL, "flder=c")
 
 
 @pytest.mark.parametrize(

@@ -126,20 +126,19 @@ def test_what_has_some_of_the_subject_is_not_the_subject(monkeypatch: pytest.Mon
     def figure(shape: str, colour: str, y: float, radius: float) -> world.Figure:
         return world.Figure(shape, colour, 64.0, y, radius)
 
-    square, disc = figure("square", "purple", 84, 36), figure("circle", "cyan", 36, 24)
-    ball = figure("circle", "red", 12, 8)
-    for figures in ((square,), (disc,), (square, disc), (square, disc, ball)):
+    square, disc = figure("square", "black", 64, 50), figure("circle", "yellow", 64, 12)
+    red, green = figure("circle", "red", 38, 12), figure("circle", "green", 90, 12)
+    for figures in ((square,), (disc,), (square, disc), (red, disc, green)):
         for pattern in world.PATTERNS:
-            ground = world.Background("yellow", pattern, slope=(0.0, 1.0))
+            ground = world.Background("blue", pattern, slope=(0.0, 1.0))
             picture = world.paint(world.Scene((128, 128), figures, ground))
             assert not judge.shows_subject(picture)
 
-    robot = subject.RECTANGLES, subject.DISCS
     plain = world.Background("blue", "plain")
     assert judge.shows_subject(subject.paint((128, 128), 64, 64, 40, plain))
-    body_of_one_colour = [part for part in robot[0] if part[1] != subject.YELLOW]
-    no_head = [part for part in robot[0] if part[0] != (-0.42, -0.65, 0.42, -0.1)]
-    for rectangles, discs in ((body_of_one_colour, robot[1]), (no_head, robot[1][:1])):
+    box, lights = subject.RECTANGLES, subject.DISCS
+    swapped = tuple((disc, light[1]) for (disc, _), light in zip(lights, lights[::-1], strict=True))
+    for rectangles, discs in ((box, swapped), (box, lights[:2]), (box, ()), ((), lights)):
         monkeypatch.setattr(subject, "RECTANGLES", rectangles)
         monkeypatch.setattr(subject, "DISCS", discs)
         assert not judge.shows_subject(subject.paint((128, 128), 64, 64, 40, plain))

@@ -269,3 +269,41 @@ def test_a_weighted_error_at_drawn_timesteps_and_noise_is_pytorchs():
     snr = setup.noising.alphas_cumprod[times] / (1 - setup.noising.alphas_cumprod[times])
     each = errors.mean((1, 2, 3)) * torch.clamp(snr, max=5.0) / (snr + 1)
     assert ours == pytest.approx(float(each[:3].mean()), rel=1e-4)
+
+
+def test_a_teacher_is_the_model_as_it_began():
+    """The target is PyTorch's prediction with the old weights and the old text encoder."""
+    setup = Setup("v_prediction", with_text=True)
+    batch = setup.batch(0) | {"teacher": np.ones(4, np.float32)}
+    batch["weight"][-1] = 0
+    frozen = setup.frozen | {f"teacher_{name}": own for name, own in setup.trainable.items()}
+    compiled = jax.jit(lambda *args: step.loss(setup.objective, *args))
+
+    def run(trainable):
+        return compiled(trainable, frozen, batch, setup.key)
+
+    assert run(setup.trainable) < 1e-10  # nothing to learn yet
+
+    def tensor(x):
+        return torch.tensor(np.asarray(x).transpose(0, 3, 1, 2).copy())
+
+    draws = step.draw(setup.key, (4, 4, 6, 4), 1000)
+    mean, log_variance = tensor(batch["moments"]).chunk(2, dim=1)
+    latents = (mean + torch.exp(0.5 * log_variance) * tensor(draws.latent_noise)) * SCALING
+    times = torch.tensor(np.asarray(draws.timesteps)).long()
+    noisy = setup.noising.add_noise(latents, tensor(draws.noise), times)
+    ids = torch.tensor(batch["input_ids"][:, 0]).long()
+
+    def predict() -> torch.Tensor:
+        with torch.no_grad():
+            return setup.unet(noisy, times, setup.text(ids).last_hidden_state).sample
+
+    before = predict()
+    randomise(setup.unet, 5)
+    randomise(setup.text, 6)
+    trained = {
+        "unet": {k: v.numpy() for k, v in setup.unet.state_dict().items()},
+        "text_encoder": {f"text_model.{k}": v.numpy() for k, v in setup.text.state_dict().items()},
+    }
+    errors = ((predict() - before) ** 2).mean((1, 2, 3))
+    assert run(trained) == pytest.approx(float(errors[:3].mean()), rel=1e-4)

@@ -13,6 +13,26 @@ from jaxft.formats import diffusers_folder
 from tests.data_fixtures import photo_folder
 
 
+@pytest.mark.parametrize(("clip_skip", "final_norm"), [(0, True), (1, False), (2, False)])
+def test_clip_skip_counts_layers_as_in_hcp_diffusion(folders, rng, clip_skip, final_norm):
+    """Its `hidden_states[-clip_skip - 1]`, of which XL's own is 1: so say HCP-Diffusion's files."""
+    pipeline, folder = folders("sdxl")
+    model = diffusers_folder.read(str(folder))
+    skip, norm = model.family.text_layer(clip_skip, final_norm)
+    ours, theirs = [], []
+    for name in model.family.text_encoders:
+        part, network = model.parts[name], model.family.networks[name]
+        graphdef, _ = params.abstract(lambda n=network, c=part.config: n(c))
+        ids = rng.integers(1, 90, (1, 77))
+        weights = jax.tree.map(jnp.asarray, part.params)
+        ours.append(params.bind(graphdef, weights)(jnp.asarray(ids), skip, norm)[0])
+        with torch.no_grad():
+            found = getattr(pipeline, name)(torch.tensor(ids), output_hidden_states=True)
+        theirs.append(found.hidden_states[-max(clip_skip, 1) - 1].numpy())
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)  # float32, three layers
+
+
 def test_the_loss_is_that_of_diffusers_networks(folders, rng):
     pipeline, folder = folders("sdxl")
     model = diffusers_folder.read(str(folder))

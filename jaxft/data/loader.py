@@ -46,6 +46,8 @@ class Dataset:
     repeats: int = 1
     """Rows of 77 tokens for each prompt."""
     loss_weight: float = 1.0
+    teacher: bool = False
+    """Whether the target is what the model predicted before training."""
     moments: latents.Store | None = None
     """The cache; without it images are decoded anew for every batch."""
     text: text_states.Store | None = None
@@ -113,6 +115,8 @@ class Dataset:
         ]
         batch = self.texts(texts)
         batch["weight"] = drawn.weights[rows]
+        if self.teacher:
+            batch["teacher"] = np.ones_like(batch["weight"])
         if self.with_sizes:
             batch["time_ids"] = np.stack([time_ids(record, size) for record in records])
         if self.moments is not None:

@@ -56,8 +56,9 @@ class Family(NamedTuple):
 
     def text_layer(self, clip_skip: int, final_norm: bool) -> tuple[int, bool]:
         """How many of the text encoders' last layers to leave out, and whether to use their final
-        norm: XL was trained on the states before the last layer, without norm."""
-        return (clip_skip + 1, False) if self.is_xl else (clip_skip, final_norm)
+        norm: XL was trained on the states before the last layer, without norm. Its `clip_skip` of 1
+        means just that, as in HCP-Diffusion and webuis, and 0 what the model was trained on."""
+        return (max(clip_skip, 1), False) if self.is_xl else (clip_skip, final_norm)
 
 
 SD1 = Family(
