@@ -109,7 +109,6 @@ REFUSED: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
     ),
     "data.*.source.*.cond_root": (_NOTHING, "no images that condition a ControlNet"),
     "data.*.source.*.cond_dir": (_NOTHING, "no images that condition a ControlNet"),
-    "data.*.source.*.att_mask": (_NOTHING, "no attention masks"),
     "data.*.source.*.image_transforms": (_NOTHING, "images are resized and cropped, nothing else"),
     "condition": (_NOTHING, "images are made from text alone"),
     "ex_input": (_NOTHING, "images are made from text alone"),

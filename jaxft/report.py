@@ -42,6 +42,8 @@ def bucket_lines(dataset: Dataset) -> list[str]:
         lines.append(f"flip: {_count(mirrored, 'image')} mirrored half of the time")
     if drawn := sum(record.crop == "random" for record in dataset.records):
         lines.append(f"crop: {_count(drawn, 'image')} cropped at random, anew in every epoch")
+    if masked := sum(record.mask is not None for record in dataset.records):
+        lines.append(f"att_mask: {_count(masked, 'image')} of which the parts count as masks say")
     if plan.num_dropped:
         lines.append(f"tail: {_count(plan.num_dropped, 'image')} dropped each epoch")
     if plan.num_filled and plan.tail == "pad":

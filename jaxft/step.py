@@ -2,9 +2,9 @@
 
 A batch is what `jaxft.data.loader` makes: `input_ids` int32 [b, r, 77] (and `input_ids_2` for a
 second text encoder) or `encoder_hidden_states` [b, 75r + 2, d] (and `pooled_text_embeds` [b, p]),
-`weight` float32 [b], `moments` float32 [b, h, w, 8] or `pixel_values` uint8 [b, 8h, 8w, 3], and for
-Stable Diffusion XL `time_ids` float32 [b, 6]. Where there is a `teacher` float32 [b], the target is
-what the model predicted before training.
+`weight` float32 [b], `moments` float32 [b, h, w, 8] or `pixel_values` uint8 [b, 8h, 8w, 3], for
+Stable Diffusion XL `time_ids` float32 [b, 6], and where images have masks `mask` float32 [b, h, w].
+Where there is a `teacher` float32 [b], the target is what the model predicted before training.
 
 `gradients` is compiled once for every shape of batch, `update` once: a step calls `gradients` for
 each batch (several data sets, accumulation), adding up, then `update`.
@@ -126,7 +126,9 @@ def loss(
     else:
         wanted = schedule.target(noising, latents, draws.noise, draws.timesteps)
     scale = None if how.weights is None else jnp.asarray(how.weights)[draws.timesteps]
-    return losses.mean_error(predicted, wanted, batch["weight"], error=how.error, scale=scale)
+    return losses.mean_error(
+        predicted, wanted, batch["weight"], error=how.error, scale=scale, mask=batch.get("mask")
+    )
 
 
 def _predict(

@@ -248,7 +248,8 @@ def _fingerprint(plan: Plan) -> str:
     """SHA-256 of all that the batches are made of."""
     lines = [
         f"{dataset.name} {dataset.plan.batch_size} {latents.key(record, size)} {record.crop} "
-        f"{record.flip} {prompt(record, 0)}" + "".join(record.captions[1:])
+        f"{record.flip} {record.mask and record.mask.digest} {prompt(record, 0)}"
+        + "".join(record.captions[1:])
         for dataset in plan.datasets
         for record, size in zip(dataset.records, dataset.sizes, strict=True)
     ]
@@ -273,6 +274,8 @@ def _one_of_each_shape(dataset: Dataset) -> list[dict[str, jax.ShapeDtypeStruct]
             batch["teacher"] = ((rows,), np.float32)
         if dataset.with_sizes:
             batch["time_ids"] = ((rows, 6), np.float32)
+        if dataset.with_masks:
+            batch["mask"] = ((rows, height // 8, width // 8), np.float32)
         if dataset.moments is None:
             batch["pixel_values"] = ((rows, height, width, 3), np.uint8)
         else:

@@ -10,7 +10,6 @@ forgotten first.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import demo_subject as subject
 import demo_world as world
@@ -23,14 +22,10 @@ from jaxft import config as configuration
 CONFIG = "configs/infer/demo.yaml"
 NUM_PICTURES = 240
 BATCH = 20
-"""Divides the number of pictures of each size."""
+"""Divides the number of pictures."""
 
-
-class Wanted(NamedTuple):
-    """A picture to paint."""
-
-    size: tuple[int, int]
-    caption: str
+SIZE = world.SIZES[0]
+"""One size: a shape of batch more would have to be compiled."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,39 +39,33 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def wanted(seed: int) -> list[Wanted]:
-    """Half of the pictures square, a quarter wide, a quarter upright, as the subject's."""
+def captions(seed: int) -> list[str]:
+    """What to paint, in the order of the pictures' numbers."""
     rng = np.random.default_rng((seed, NUM_PICTURES))
-    square, wide, upright = world.SIZES
-    pictures = []
+    texts = []
     for number in range(NUM_PICTURES):
-        size = (square, wide, square, upright)[number % 4]
-        scene = world.random_scene(rng, size, 1 + number // 4 % 2)
-        names_class = number // 4 % 4 == 0
-        caption = (
+        scene = world.random_scene(rng, SIZE, 1 + number % 2)
+        names_class = number % 4 == 0
+        texts.append(
             subject.caption(scene.background, world.CLASS)
             if names_class
             else world.caption(scene, rng)
         )
-        pictures.append(Wanted(size, caption))
-    return pictures
+    return texts
 
 
 def write(folder: Path, seed: int) -> None:
     """Writes the set: picture i is painted from seed + i."""
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = wanted(seed)
-    for width, height in world.SIZES:
-        overrides = [f"bs={BATCH}", f"infer_args.width={width}", f"infer_args.height={height}"]
-        config, _ = configuration.load(CONFIG, overrides, "infer")
-        compile_cache.enable(config.compile_cache)
-        numbers = [i for i, picture in enumerate(pictures) if picture.size == (width, height)]
-        requests = [sample.Request(pictures[i].caption, "", seed + i) for i in numbers]
-        images = sample.paint(requests, sample.load_model(config), config)
-        for number, (pixels, _) in zip(numbers, images, strict=True):
-            picture = Image.fromarray(pixels)
-            picture.save(folder / f"{number:03}.jpg", quality=90, subsampling=0, optimize=True)
-            (folder / f"{number:03}.txt").write_text(f"{pictures[number].caption}\n")
+    config, _ = configuration.load(CONFIG, [f"bs={BATCH}"], "infer")
+    compile_cache.enable(config.compile_cache)
+    texts = captions(seed)
+    requests = [sample.Request(text, "", seed + i) for i, text in enumerate(texts)]
+    images = sample.paint(requests, sample.load_model(config), config)
+    for number, (text, (pixels, _)) in enumerate(zip(texts, images, strict=True)):
+        picture = Image.fromarray(pixels)
+        picture.save(folder / f"{number:03}.jpg", quality=90, subsampling=0, optimize=True)
+        (folder / f"{number:03}.txt").write_text(f"{text}\n")
 
 
 if __name__ == "__main__":

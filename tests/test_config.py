@@ -251,7 +251,6 @@ def test_a_faulty_interpolation_is_named(write, value, says):
         ("train: {loss: {type: sample}}", "train.loss.type: not supported: "),
         ("train: {cfg_scale: '3.0'}", "train.cfg_scale: not supported: "),
         ("data: {d: {_target_: a.CropInfoPairDataset}}", "data.d._target_: not supported: "),
-        ("data: {d: {source: {s: {att_mask: m}}}}", "data.d.source.s.att_mask: not supported: "),
         (
             "data: {d: {source: {s: {text_transforms: [3]}}}}",
             "data.d.source.s.text_transforms.0: must be a mapping with `_target_`",

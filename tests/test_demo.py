@@ -90,23 +90,18 @@ def test_converting_programs_take_builtin_names(offline, capsys):
 
 
 def test_the_class_set_asks_for_the_class_and_for_what_training_showed():
-    wanted = class_set.wanted(0)
-    assert wanted == class_set.wanted(0) != class_set.wanted(1)
+    wanted = class_set.captions(0)
+    assert wanted == class_set.captions(0) != class_set.captions(1)
     assert len(wanted) == class_set.NUM_PICTURES
-    for size, share in zip(world.SIZES, (2, 4, 4), strict=True):
-        of_size = [picture.caption for picture in wanted if picture.size == size]
-        assert len(of_size) * share == class_set.NUM_PICTURES
-        assert len(of_size) % class_set.BATCH == 0
-        of_class = [text for text in of_size if text.startswith(f"a {world.CLASS} on ")]
-        assert len(of_class) * 4 == len(of_size)
-    assert {word for picture in wanted for word in picture.caption.split()} <= set(world.words())
+    of_class = [text for text in wanted if text.startswith(f"a {world.CLASS} on ")]
+    assert len(of_class) * 4 == len(wanted)
+    assert {word for text in wanted for word in text.split()} <= set(world.words())
 
 
 def test_the_class_set_is_what_the_script_asks_for(offline):
     records = source.index("builtin:demo/class", caption_file="builtin:demo/class").records
-    assert [class_set.Wanted(record.size, *record.captions) for record in records] == (
-        class_set.wanted(0)
-    )
+    assert {record.size for record in records} == {class_set.SIZE}
+    assert [text for record in records for text in record.captions] == class_set.captions(0)
 
 
 # ------------------------------------------------------------------------------- its configurations
@@ -116,7 +111,7 @@ def test_the_training_is_of_subject_and_class_and_the_class_can_be_left_out(offl
     config, notices = configuration.load(demo.TRAINING)
     roots = {name: dataset.source.pictures.img_root for name, dataset in config.data.items()}
     assert roots == {"subject": "builtin:demo/subject", "class": "builtin:demo/class"}
-    assert config.data["class"].bucket == config.data.subject.bucket
+    assert (config.data["class"].teacher, config.data.subject.teacher) == (True, False)
     assert not notices
     alone, _ = configuration.load(demo.TRAINING, ["data.class=---"])
     assert set(alone.data) == {"subject"}

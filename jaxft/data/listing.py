@@ -22,7 +22,13 @@ class Listing(NamedTuple):
     """What a user should know and need not mend."""
 
 
-def find(folder: Path, *, recursive: bool = False, without: Sequence[Path] = ()) -> Listing:
+def find(
+    folder: Path,
+    *,
+    recursive: bool = False,
+    without: Sequence[Path] = (),
+    key: str = "img_root",
+) -> Listing:
     """The images of a folder, and with `recursive` of the folders below it.
 
     A file is an image if its name says so, or its content. Links are followed, but none to a
@@ -32,17 +38,18 @@ def find(folder: Path, *, recursive: bool = False, without: Sequence[Path] = ())
         folder: to search.
         recursive: whether folders in it are searched as well.
         without: folders that are left alone.
+        key: what names the folder, for messages.
 
     Raises:
         UserError: there is no such folder, or no image in it.
     """
     if not folder.is_dir():
-        raise UserError(f"img_root: the folder {folder} does not exist")
+        raise UserError(f"{key}: the folder {folder} does not exist")
     found = _search(folder, {path.resolve() for path in without}, recursive)
     if not found.names and not found.problems:
         nested = f" ({_NOT_SEARCHED})" if found.folders and not recursive else ""
         raise UserError(
-            f"img_root: {folder} holds no images{nested}; their names end in "
+            f"{key}: {folder} holds no images{nested}; their names end in "
             + ", ".join(sorted(images.SUFFIXES))
         )
     return Listing(sorted(found.names), found.problems, _notices(folder, found, recursive))

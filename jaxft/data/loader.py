@@ -21,8 +21,8 @@ from jaxft.shapes import TEXT_INPUTS, TEXT_STATES
 Batch = dict[str, np.ndarray]
 """`input_ids` int32 [b, r, 77] (and `input_ids_2`) or `encoder_hidden_states` [b, 75r + 2, d] (and
 `pooled_text_embeds` [b, p]), `weight` float32 [b] (0: fills up the batch), either `moments` float32
-[b, h/8, w/8, 8] or `pixel_values` uint8 [b, h, w, 3], and for Stable Diffusion XL `time_ids`
-float32 [b, 6]."""
+[b, h/8, w/8, 8] or `pixel_values` uint8 [b, h, w, 3], for Stable Diffusion XL `time_ids` float32
+[b, 6], and where images have masks `mask` float32 [b, h/8, w/8]."""
 
 
 class Shape(NamedTuple):
@@ -59,6 +59,11 @@ class Dataset:
     def num_batches(self) -> int:
         """Batches an epoch."""
         return self.plan.num_batches
+
+    @property
+    def with_masks(self) -> bool:
+        """Whether a batch says how much the parts of its images count."""
+        return any(record.mask for record in self.records)
 
     @property
     def shapes(self) -> list[Shape]:
@@ -119,6 +124,8 @@ class Dataset:
             batch["teacher"] = np.ones_like(batch["weight"])
         if self.with_sizes:
             batch["time_ids"] = np.stack([time_ids(record, size) for record in records])
+        if self.with_masks:
+            batch["mask"] = np.stack([source.loss_weights(r, size) for r in records])
         if self.moments is not None:
             entries = [self.moments[latents.key(record, size)] for record in records]
             return batch | {"moments": np.stack(entries)}

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
 from jaxft.builtin.names import resolve
-from jaxft.data import captions, images, listing, prompts, templates
+from jaxft.data import captions, images, listing, masks, prompts, templates
+from jaxft.data.buckets import VAE_STRIDE
 from jaxft.data.captions import shown, some
 from jaxft.data.images import CENTRE, View
 from jaxft.data.text_transforms import Step
@@ -45,6 +46,8 @@ class Record(NamedTuple):
     """Whether it is mirrored half of the time."""
     view: View = CENTRE
     """What is shown of it; see `framed`."""
+    mask: masks.Mask | None = None
+    """How much its parts count in the loss; None: all alike."""
 
 
 class Source(NamedTuple):
@@ -66,14 +69,14 @@ def index(
     word_names: Mapping[str, object] | None = None,
     text_transforms: Sequence[Step] = (),
     bg_color: Sequence[int] = (255, 255, 255),
+    att_mask: str | Path | None = None,
     crop: Crop = "center",
     flip: bool = False,
     repeat: int = 1,
 ) -> Source:
     """Reads a folder: decodes every image once, with a progress bar.
 
-    Without `prompt_template` the prompt is the caption. Folders may be `builtin:NAME`. The keywords
-    are the keys of a source in `configs/base.yaml`.
+    Folders may be `builtin:NAME`; the keywords are the keys of a source in `configs/base.yaml`.
 
     Raises:
         UserError: lists every image that cannot be read or has no caption, and why.
@@ -83,7 +86,9 @@ def index(
     color, root = _color(bg_color), resolve(img_root)
     if repeat < 1:
         raise UserError(f"repeat: {repeat} must be at least 1")
-    found = listing.find(root, recursive=recursive)
+    mask_root = resolve(att_mask) if att_mask is not None else None
+    found = listing.find(root, recursive=recursive, without=[mask_root] if mask_root else [])
+    covers = _masks(mask_root, root, found.names, recursive=recursive)
     texts = captions.load(
         _place(caption_file),
         found.names,
@@ -91,31 +96,37 @@ def index(
         several=caption_lines,
         missing=missing_captions,
     )
-    problems, looks = [*found.problems, *texts.problems], []
-    for name, look in zip(found.names, _look_at(root, found.names, color), strict=True):
-        looks.append(None if isinstance(look, UserError) else look)
-        problems += [f"{shown(name)}: {look}"] if isinstance(look, UserError) else []
-    if problems:
-        more = len(problems) - _MOST_TOLD
-        raise UserError(
-            f"{img_root}: {len(problems)} of its images and captions cannot be used; mend or "
-            + "remove these files:\n  "
-            + "\n  ".join(problems[:_MOST_TOLD] + ([f"and {more} more"] if more > 0 else []))
-        )
-    notices = [*found.notices, *texts.notices, *_unused(recipe, caption_file is not None)]
-    told = list(zip(found.names, filter(None, looks), strict=True))
-    notices += _what_they_are(told)
-    small = [name for name, look in told if min(look.size) < (min_size or 0)]
-    if small:
-        notices.append(f"left out, smaller than min_size: {len(small)}: {some(small)}")
-    if len(small) == len(told):
-        raise UserError(f"img_root: all images of {img_root} are smaller than min_size {min_size}")
+    looks = _look_at(root, found.names, color, covers.names, mask_root)
+    problems = [*found.problems, *texts.problems, *covers.problems]
+    told = _all_usable(img_root, problems, found.names, looks)
+    notices = [*found.notices, *texts.notices, *covers.notices, *_what_they_are(told)]
+    notices += _unused(recipe, caption_file is not None) + _too_small(told, min_size or 0)
     records = [
-        Record(root / name, look.size, look.digest, text, recipe, color, crop=crop, flip=flip)
+        Record(
+            root / name,
+            look.size,
+            look.digest,
+            text,
+            recipe,
+            color,
+            crop=crop,
+            flip=flip,
+            mask=look.mask,
+        )
         for (name, look), text in zip(told, texts.texts, strict=True)
         if min(look.size) >= (min_size or 0)
     ]
     return Source(records * repeat, [f"{img_root}: {notice}" for notice in notices])
+
+
+def _masks(
+    mask_root: Path | None, root: Path, names: Sequence[str], *, recursive: bool
+) -> masks.Found:
+    if mask_root is None:
+        return masks.Found([None] * len(names), [], [])
+    if mask_root.resolve() == root.resolve():
+        raise UserError(f"att_mask: {mask_root} is img_root: keep masks in a folder of their own")
+    return masks.find(mask_root, names, recursive=recursive)
 
 
 class _Look(NamedTuple):
@@ -124,26 +135,61 @@ class _Look(NamedTuple):
     size: tuple[int, int]
     digest: str
     kind: images.Kind
+    mask: masks.Mask | None
 
 
 def _look_at(
-    root: Path, names: Sequence[str], color: tuple[int, int, int]
+    root: Path,
+    names: Sequence[str],
+    color: tuple[int, int, int],
+    covers: Sequence[str | None],
+    mask_root: Path | None,
 ) -> list[_Look | UserError]:
-    """What becomes of each image when it is read."""
+    """What becomes of each image, and of its mask below `mask_root`, when it is read."""
 
-    def look(name: str) -> _Look | UserError:
+    def look(name: str, cover: str | None) -> _Look | UserError:
         try:
             data = _bytes(root / name)
             size, kind = images.decode(data, color).size, images.kind(data)
         except UserError as error:
             return error
-        return _Look(size, hashlib.sha256(data).hexdigest(), kind)
+        try:
+            path = mask_root / cover if mask_root and cover else None
+            mask = masks.check(_bytes(path), path, size) if path else None
+        except UserError as error:
+            return UserError(f"its mask {shown(str(cover))}: {error}")
+        return _Look(size, hashlib.sha256(data).hexdigest(), kind, mask)
 
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        return list(tqdm(pool.map(look, names), f"reading {root}", len(names), unit="image"))
+        return list(
+            tqdm(pool.map(look, names, covers), f"reading {root}", len(names), unit="image")
+        )
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
+
+
+def _all_usable(
+    img_root: str | Path,
+    problems: Sequence[str],
+    names: Sequence[str],
+    looks: Sequence[_Look | UserError],
+) -> list[tuple[str, _Look]]:
+    """The images with their names; else one `UserError` with everything that must be mended."""
+    problems = list(problems) + [
+        f"{shown(name)}: {look}"
+        for name, look in zip(names, looks, strict=True)
+        if isinstance(look, UserError)
+    ]
+    if not problems:
+        pairs = zip(names, looks, strict=True)
+        return [(name, look) for name, look in pairs if isinstance(look, _Look)]
+    more = len(problems) - _MOST_TOLD
+    raise UserError(
+        f"{img_root}: {len(problems)} of its images and captions cannot be used; mend or "
+        + "remove these files:\n  "
+        + "\n  ".join(problems[:_MOST_TOLD] + ([f"and {more} more"] if more > 0 else []))
+    )
 
 
 def _what_they_are(told: Sequence[tuple[str, _Look]]) -> list[str]:
@@ -162,6 +208,14 @@ def _what_they_are(told: Sequence[tuple[str, _Look]]) -> list[str]:
     return notices
 
 
+def _too_small(told: Sequence[tuple[str, _Look]], min_size: int) -> list[str]:
+    """A notice of the images that are left out."""
+    small = [name for name, look in told if min(look.size) < min_size]
+    if len(small) == len(told):
+        raise UserError(f"min_size: all images have a side of fewer than {min_size} pixels")
+    return [f"left out, smaller than min_size: {len(small)}: {some(small)}"] if small else []
+
+
 def pixels(record: Record, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
     """The record's view of its image at `size` (width, height): scaled to cover it, or as it is,
     and cropped.
@@ -169,14 +223,32 @@ def pixels(record: Record, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
     Raises:
         UserError: the file is gone, or another than when it was indexed.
     """
-    try:
-        data = _bytes(record.path)
-    except UserError as error:
-        raise UserError(f"{record.path}: {error} (it was there when this run began)") from None
-    if hashlib.sha256(data).hexdigest() != record.digest:
-        raise UserError(f"{record.path} has changed since this run began: start it again")
+    data = _unchanged(record.path, record.digest)
     fit = images.resize_and_crop if record.scaled else images.crop_and_pad
     return fit(images.decode(data, record.bg_color), size, record.view)
+
+
+def loss_weights(record: Record, size: tuple[int, int]) -> Float[np.ndarray, "h/8 w/8"]:
+    """How much each latent of the record's view counts: 1, or as its mask says.
+
+    Raises:
+        UserError: the mask's file is gone, or another than when it was indexed.
+    """
+    if record.mask is None:
+        return np.ones((size[1] // VAE_STRIDE, size[0] // VAE_STRIDE), np.float32)
+    data = _unchanged(*record.mask)
+    return masks.weights(data, record.size, size, record.view, scaled=record.scaled)
+
+
+def _unchanged(path: Path, digest: str) -> bytes:
+    """The content of a file that was indexed."""
+    try:
+        data = _bytes(path)
+    except UserError as error:
+        raise UserError(f"{path}: {error} (it was there when this run began)") from None
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise UserError(f"{path} has changed since this run began: start it again")
+    return data
 
 
 def framed(record: Record, size: tuple[int, int], pick: int) -> Record:

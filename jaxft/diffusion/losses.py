@@ -48,6 +48,7 @@ def mean_error(
     *,
     error: Error = jnp.square,
     scale: Float[Array, " b"] | None = None,
+    mask: Float[Array, "b h w"] | None = None,
 ) -> jax.Array:
     """Mean of the images' mean errors, each counted by its weight; float32 scalar.
 
@@ -60,8 +61,11 @@ def mean_error(
         weight: of each image.
         error: of each value.
         scale: by which an image's error is multiplied; it is not divided by the sum of them.
+        mask: by which the errors of each place are multiplied; nor is it divided by its sum.
     """
     errors = error(predicted.astype(jnp.float32) - wanted.astype(jnp.float32))
+    if mask is not None:
+        errors = errors * mask[..., None]
     each = jnp.mean(errors, axis=(1, 2, 3))  # [b]
     if scale is not None:
         each = each * scale
