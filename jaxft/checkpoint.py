@@ -253,8 +253,8 @@ def _check_tree(stored: Mapping[str, Any], wanted: Mapping[str, Any], folder: Pa
             )
     if problems:
         raise UserError(
-            f"{folder} is of a run with other parameters or another optimizer; resume with its "
-            "own configuration:\n  " + "\n  ".join(problems)
+            f"{folder} is of a run with other parameters, another optimizer or average; resume "
+            "with its own configuration:\n  " + "\n  ".join(problems)
         )
 
 

@@ -23,6 +23,7 @@ from jaxft.diffusion.losses import Criterion
 from jaxft.diffusion.scheduler_config import SAMPLERS
 from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder
+from jaxft.tuning.ema import average
 from jaxft.tuning.factored import adafactor, came
 from jaxft.tuning.muon import muon
 from jaxft.tuning.optimizers import adamw, dadapt_adam, lion, prodigy, sgd
@@ -116,6 +117,7 @@ TARGETS: dict[str, tuple[str, Callable[..., Any]]] = {
     "prodigyopt.Prodigy": ("optimizer", prodigy),
     **{name: ("criterion", partial(criterion, error)) for name, error in _ERRORS.items()},
     **{name: ("criterion", partial(weighted_criterion, of)) for name, of in _WEIGHTED.items()},
+    "hcpdiff.utils.ema.ModelEMA": ("average", average),
     "diffusers.AutoencoderKL.from_pretrained": ("vae", vae),
     **{f"diffusers.{name}": ("sampler", partial(scheduler, name)) for name in SAMPLERS},
     **{name: ("text transform", function) for name, function in _TEXT_TRANSFORMS.items()},

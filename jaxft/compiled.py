@@ -48,9 +48,11 @@ class Programs:
         *,
         loss_weights: Sequence[float],
         accumulation: int,
+        averages: bool = False,
     ):
         self._objective, self._optimizer, self._mesh = objective, optimizer, mesh
         self._factors = [weight / accumulation for weight in loss_weights]
+        self._init = functools.partial(steps.init, optimizer, averages=averages)
         self._lanes = _lanes(mesh, len(loss_weights))
         self._adds_up = accumulation * len(self._lanes[0]) > 1
         self._threads = ThreadPoolExecutor(len(self._lanes))
@@ -58,15 +60,13 @@ class Programs:
 
     def state(self, trainable: Weights) -> TrainState:
         """Shapes and shardings of the state for these weights (arrays or shapes)."""
-        shapes = jax.eval_shape(functools.partial(steps.init, self._optimizer), trainable)
+        shapes = jax.eval_shape(self._init, trainable)
         return _placed(shapes, meshes.shardings(self._mesh, shapes))
 
     def init(self, trainable: Weights) -> TrainState:
         """The state before the first step, on the devices."""
         where = jax.tree.map(lambda leaf: leaf.sharding, self.state(trainable))
-        return jax.jit(functools.partial(steps.init, self._optimizer), out_shardings=where)(
-            trainable
-        )
+        return jax.jit(self._init, out_shardings=where)(trainable)
 
     def compile(
         self, state: TrainState, frozen: Weights, key: Array, batches: Sequence[Sequence[Batch]]
@@ -81,6 +81,7 @@ class Programs:
         """
         total = state.trainable if self._adds_up else None
         numbers = self._numbers(0, 0)
+        average, state = state.average, state._replace(average={})
         where = jax.tree.map(lambda leaf: leaf.sharding, state)
         jobs: dict[Any, tuple[Any, tuple]] = {
             _signature(batch): (
@@ -94,6 +95,9 @@ class Programs:
         if self._adds_up:
             zeros = functools.partial(jax.tree.map, jnp.zeros_like, state.trainable)
             jobs["zeros"] = (jax.jit(zeros, out_shardings=where.trainable), ())
+        if average:
+            move = jax.jit(steps.averaged, donate_argnums=0, out_shardings=where.trainable)
+            jobs["average"] = (move, (average, state.trainable, np.float32(0)))
 
         # Traced one after the other, in this thread: in threads the result is not the same every
         # time, which the cache of compiled programs would not survive.
@@ -115,8 +119,14 @@ class Programs:
         add_up = functools.partial(self._add_up, state, frozen, key, batches)
         totals, values = zip(*self._threads.map(add_up, self._lanes), strict=True)
         losses = [losses for lane in values for losses in lane]
-        state, norm = self._compiled["update"](state, totals)
-        return state, Metrics(losses, norm)
+        average = state.average  # is not the update's matter
+        state, norm = self._compiled["update"](state._replace(average={}), totals)
+        return state._replace(average=average), Metrics(losses, norm)
+
+    def average(self, state: TrainState, share: float) -> TrainState:
+        """The state with its average moved by `share` of its way to the weights; uses it up."""
+        moved = self._compiled["average"](state.average, state.trainable, np.float32(share))
+        return state._replace(average=moved)
 
     def _add_up(
         self,

@@ -17,6 +17,7 @@ IGNORED: dict[str, str] = {
     "train.set_grads_to_none": "gradients are not kept between updates",
     "model.enable_xformers": "the attention kernel is chosen by the device",
     "model.force_cast_precision": "weights are float32, mixed_precision is what computes",
+    "model.ema.device": "the average lies where the weights lie",
     "model.vae_dtype": "the precision of the VAE is chosen by jaxft",
     "data.*.att_mask_encode": "it has no effect in HCP-Diffusion either",
     "data.*.cache_path": "cache_dir is the folder that latents are kept in",
@@ -68,9 +69,6 @@ REFUSED: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
     "train.loss.type": (_one_of("eps"), _LOSS),
     "train.loss.target_type": (_one_of("x0", "eps"), _LOSS),
     "train.loss.pred_type": (_one_of("eps"), _LOSS),
-    "model.ema": (_NOTHING, "no moving average of the weights"),
-    "model.ema_unet": (_NOTHING, "no moving average of the weights"),
-    "model.ema_text_encoder": (_NOTHING, "no moving average of the weights"),
     "model.tokenizer": (_NOTHING, _COMPONENT),
     "model.noise_scheduler": (
         _NOTHING,
@@ -120,7 +118,10 @@ does)."""
 OLDER: dict[str, str] = {"data.*.source.*.tag_transforms": "text_transforms"}
 """Pattern of an older spelling -> the key that it stands for, beside it."""
 
-_PATTERNS = {tuple(key.split(".")) for key in (*IGNORED, *REFUSED, *OLDER)}
+AVERAGES = ("model.ema_unet", "model.ema_text_encoder")
+"""Older spellings of `model.ema`: a decay each, 0 for none."""
+
+_PATTERNS = {tuple(key.split(".")) for key in (*IGNORED, *REFUSED, *OLDER, *AVERAGES)}
 
 
 def known(path: Path) -> bool:
@@ -170,10 +171,27 @@ def take_out(tree: dict[str, Any], notices: list[Problem], problems: list[Proble
     for key, newer in OLDER.items():
         for _, value, siblings in _pop(tree, tuple(key.split(".")), ()):
             siblings[newer] = value
+    _take_averages(tree, notices, problems)
     for (key, value), (instead, reason) in REPLACED.items():
         if tree.get(key) == value:
             tree[key] = instead
             notices.append(((key,), f"{value} is taken as {instead}: {reason}"))
+
+
+def _take_averages(tree: dict[str, Any], notices: list[Problem], problems: list[Problem]) -> None:
+    """Makes `model.ema` of its older spellings, with the power that HCP-Diffusion gives them."""
+    for path, value, siblings in [
+        found for key in AVERAGES for found in _pop(tree, tuple(key.split(".")), ())
+    ]:
+        if value in (None, 0):
+            continue
+        average = {"_target_": "hcpdiff.utils.ema.ModelEMA", "decay_max": value, "power": 0.85}
+        if siblings["ema"] in (None, average):
+            siblings["ema"] = average
+            text = f"taken as model.ema, of all that is trained: decay_max {value}, power 0.85"
+            notices.append((path, text))
+        else:
+            problems.append((path, "model.ema, of all that is trained, says otherwise; keep one"))
 
 
 def unwrap(tree: dict[str, Any]) -> None:

@@ -81,10 +81,14 @@ class Numbers:
         self._logged = step
 
 
-def parts_of(plan: Plan, trained: Trained) -> dict[str, Kinds]:
-    """File (`unet`, `text_encoder`) -> what HCP-Diffusion has in it."""
-    full = {part: own for part, own in trained.items() if part in plan.model.parts}
-    kinds = {"base": full, "lora": lora.hcp_names(selection.lora(plan.selection, trained))}
+def parts_of(plan: Plan, trained: Trained, average: Trained) -> dict[str, Kinds]:
+    """File (`unet`, `text_encoder`) -> what HCP-Diffusion has in it; `average` may be empty."""
+    kinds = {}
+    for ending, weights in {"": trained, "_ema": average}.items():
+        if weights:
+            own = {network: weights[network] for network in weights if network in plan.model.parts}
+            factors = selection.lora(plan.selection, weights)
+            kinds |= {f"base{ending}": own, f"lora{ending}": lora.hcp_names(factors)}
     files: dict[str, Kinds] = {}
     for kind, networks in kinds.items():
         for file, named in hcp.by_file(networks, plan.model.family.is_xl).items():
@@ -151,18 +155,30 @@ def merged(plan: Plan, trained: Trained) -> Model:
     return plan.model.replace(**parts)
 
 
-def export(plan: Plan, trained: Trained, folder: Path) -> Iterator[Path]:
+def export(plan: Plan, trained: Trained, average: Trained, folder: Path) -> Iterator[Path]:
     """Writes the finished model to `folder/export`, in the formats that the configuration names,
-    and the LoRA, if one was trained."""
-    formats = plan.config.export or {}
+    and the LoRA, if one was trained; of the weights or of their average, as it says."""
+    config = plan.config.export
     target = folder / "export" / folder.name
+    chosen = {
+        "trained": {"": trained},
+        "average": {"": average},
+        "both": {"": trained, "-ema": average},
+    }
+    for ending, weights in chosen[config.weights if config else "trained"].items():
+        yield from _export_words(plan, weights, target.parent, ending)
+        if config:
+            yield from _export(plan, weights, target.with_name(f"{target.name}{ending}"))
+
+
+def _export(plan: Plan, trained: Trained, target: Path) -> Iterator[Path]:
+    formats = plan.config.export
     factors = selection.lora(plan.selection, trained)
     if factors and formats.get("lora"):
         file = target.with_name(f"{target.name}-lora.safetensors")
         configs, texts = plan.model.configs, described(plan)
         lora.write_kohya(file, factors, configs, formats["lora"], texts)
         yield file
-    yield from _export_words(plan, trained, folder)
     if trained.keys() == {words.PART}:
         return  # the model is as it was
     model = merged(plan, trained)
@@ -175,17 +191,17 @@ def export(plan: Plan, trained: Trained, folder: Path) -> Iterator[Path]:
         yield target
 
 
-def _export_words(plan: Plan, trained: Trained, folder: Path) -> Iterator[Path]:
-    """Writes the words to `folder/export`, and to `emb_dir` if they are to be there."""
+def _export_words(plan: Plan, trained: Trained, folder: Path, ending: str) -> Iterator[Path]:
+    """Writes the words to `folder`, and to `emb_dir` if they are to be there."""
     where, options = {}, plan.config.tokenizer_pt
     if dtype := (plan.config.export or {}).get("words"):
-        where[folder / "export"] = dtype
+        where[folder] = dtype
     if options.replace:
         where[Path(options.emb_dir).expanduser()] = "fp32"
     for place, dtype in where.items():
         for word, (rows, widths) in words_of(plan, trained).items():
             header = modelspec.header(plan.model.configs, word, "textual-inversion")
-            file = place / f"{word}.safetensors"
+            file = place / f"{word}{ending}.safetensors"
             embeddings.write(file, rows, widths, dtype, header | described(plan))
             yield file
 

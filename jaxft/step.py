@@ -42,6 +42,8 @@ class TrainState(NamedTuple):
     trainable: Weights
     """float32."""
     opt_state: optax.OptState
+    average: Weights
+    """Of `trainable`, float32; empty where none is kept."""
 
 
 class Objective(NamedTuple):
@@ -199,9 +201,17 @@ def gradients(
     return value, grads if total is None else jax.tree.map(jnp.add, total, grads)
 
 
-def init(optimizer: optax.GradientTransformation, trainable: Weights) -> TrainState:
-    """The state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+def init(
+    optimizer: optax.GradientTransformation, trainable: Weights, averages: bool = False
+) -> TrainState:
+    """The state before the first step; with an average, which begins as the weights."""
+    average = jax.tree.map(jnp.copy, trainable) if averages else {}
+    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), average)
+
+
+def averaged(average: Weights, trainable: Weights, share: Float[Array, ""] | float) -> Weights:
+    """The average, moved by `share` of its way towards the weights; see `jaxft.tuning.ema`."""
+    return jax.tree.map(lambda old, new: old + share * (new - old), average, trainable)
 
 
 def update(
@@ -218,4 +228,4 @@ def update(
     trainable, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), changed, (state.trainable, state.opt_state)
     )
-    return TrainState(state.step + 1, trainable, opt_state), norm
+    return TrainState(state.step + 1, trainable, opt_state, state.average), norm

@@ -214,6 +214,7 @@ def _to_devices(plan: Plan) -> Run:
         plan.mesh,
         loss_weights=[dataset.loss_weight for dataset in plan.datasets],
         accumulation=plan.accumulation,
+        averages=plan.average is not None,
     )
     if any(dataset.teacher for dataset in plan.datasets):
         frozen |= _teacher(_initial(plan), dtype)
@@ -316,20 +317,22 @@ def _loop(
     ):
         for step in range(start + 1, plan.total_steps + 1):
             state, metrics = run.programs.step(state, run.frozen, run.key, next(feed))
+            if plan.average and step % plan.average.every == 0:
+                state = run.programs.average(state, plan.average.share(step))
             numbers.add(step, metrics)
             log.advance(step)
             last = step == plan.total_steps or stop.requested
             if last or step % every == 0:
                 numbers.flush()
                 checkpoints.save(step, state, {"data": data})
-                trained = jax.device_get(state.trainable)
-                parts.write(step, parts_of(plan, trained), words_of(plan, trained))
+                trained, average = jax.device_get((state.trainable, state.average))
+                parts.write(step, parts_of(plan, trained, average), words_of(plan, trained))
             if last:
                 break
     if stop.requested:
         log.message(f"stopped; go on with: python -m jaxft.train --resume {folder}")
         return 128 + stop.requested
-    for path in export(plan, jax.device_get(state.trainable), folder):
+    for path in export(plan, *jax.device_get((state.trainable, state.average)), folder):
         log.message(f"wrote     {path}")
     return 0
 

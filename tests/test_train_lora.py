@@ -15,6 +15,7 @@ from diffusers import StableDiffusionPipeline
 from jaxft import config as configs
 from jaxft import low_rank, merging, plan, sample, tensor_file, train
 from jaxft.formats import diffusers_folder, hcp, lora
+from jaxft.tuning import ema
 from tests.data_fixtures import photo_folder
 
 STEPS = 4
@@ -48,6 +49,7 @@ def run(overrides, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     recipe = {"_base_": ["configs/train/examples/fine-tuning.yaml"], **GROUPS}
     recipe |= {"train": {"train_steps": STEPS, "save_step": 2, "log_step": 1}}
+    recipe |= {"model": {"ema": {"_target_": "ModelEMA", "power": 0.5, "every": 2}}}
     recipe |= {"export": {"webui": None, "diffusers": "fp32", "lora": "fp32"}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     argv = ["--config", str(folder / "recipe.yaml"), f"exp_dir={folder / 'run'}", *overrides]
@@ -69,6 +71,25 @@ def test_part_files_hold_weights_and_factors_under_hcps_keys(run):
     layer = "text_model.encoder.layers.0"
     assert f"base:{layer}.mlp.fc1.bias" in keys["text_encoder"]
     assert f"lora:{layer}.self_attn.q_proj.___.layer.W_up" in keys["text_encoder"]
+
+
+def test_averages_in_part_files_are_the_formula_upon_the_weights_in_them(run, nano_model):
+    rule, model = ema.average(power=0.5, every=2), diffusers_folder.read(str(nano_model))
+    wanted = {n: np.asarray(v, np.float64) for n, v in model.parts["unet"].params.items()}
+    for step in (2, STEPS):
+        weights = hcp.read_part(part(run, "unet", step))
+        averages = hcp.read_part(part(run, "unet", step), average=True)
+        assert averages.keys() == weights.keys()
+        for name, weight in weights.items():
+            wanted[name] += rule.share(step) * (weight - wanted[name])
+            # float32 of weights of about 1
+            np.testing.assert_allclose(averages[name], wanted[name], atol=5e-7, err_msg=name)
+        assert any(np.any(averages[name] != weights[name]) for name in weights)
+    configs_of = diffusers_folder.read_configs(nano_model)
+    for name in ("unet", "text_encoder"):
+        raw, averaged = (lora.read(part(run, name), configs_of, average) for average in (0, 1))
+        assert averaged[name].keys() == raw[name].keys()
+        assert any(np.any(low.up != raw[name][m].up) for m, low in averaged[name].items())
 
 
 def merged(model: diffusers_folder.Model, run: Path) -> diffusers_folder.Model:
@@ -183,14 +204,18 @@ def test_the_example_of_a_lora_is_planned(overrides):
 
 def test_the_example_with_convolutions_trains(overrides, tmp_path):
     argv = ["--config", "configs/train/examples/locon.yaml", f"exp_dir={tmp_path / 'run'}"]
-    assert train.main([*argv, *overrides, "train.train_steps=1", "export.webui=null"]) == 0
+    halves = "model.ema={_target_: ModelEMA, decay_max: 0.5, power: null}"
+    chosen = ("export.webui=null", "export.lora=fp32", "export.weights=both", "train.train_steps=1")
+    assert train.main([*argv, *overrides, *chosen, halves]) == 0
     keys = set(tensor_file.read(part(tmp_path / "run", "unet", 1)))
     assert "lora:conv_in.___.alpha" not in keys
     assert "lora:down_blocks.0.downsamplers.0.conv.___.layer.W_down" in keys
     assert not any(key.startswith("base:") for key in keys)
-    assert [path.name for path in (tmp_path / "run" / "export").iterdir()] == [
-        "run-lora.safetensors"
-    ]
+    files = sorted((tmp_path / "run" / "export").iterdir())
+    assert [file.name for file in files] == ["run-ema-lora.safetensors", "run-lora.safetensors"]
+    average, raw = (tensor_file.read(file) for file in files)
+    for name in [name for name in raw if name.endswith("lora_up.weight")]:  # `up` begins at 0
+        np.testing.assert_array_equal(average[name], raw[name] / 2)
 
 
 def test_every_kind_trains_and_its_file_makes_the_export(overrides, nano_model, tmp_path):

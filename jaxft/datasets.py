@@ -1,0 +1,161 @@
+"""The data sets of a configuration: indexed, sorted into buckets, and checked whole."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxft import compat, report
+from jaxft.config import Config
+from jaxft.data import bucket_table, captions, prompts, source
+from jaxft.data.batches import BatchPlan
+from jaxft.data.buckets import Buckets, Size
+from jaxft.data.loader import Dataset
+from jaxft.data.tokens import Tokenizer
+from jaxft.diffusion.losses import Loss
+from jaxft.errors import UserError
+from jaxft.formats import diffusers_folder
+from jaxft.shapes import TEXT_INPUTS
+from jaxft.tuning.groups import Labels
+from jaxft.words import Words
+
+MAX_PROMPTS = 100
+"""Of an image, where they are encoded before the first step."""
+
+
+def read(
+    config: Config, model: diffusers_folder.Model, vocabulary: Words, num_devices: int
+) -> tuple[list[Dataset], list[str]]:
+    """The data sets of a model, in the order of the configuration, and what is to be told of them.
+
+    Raises:
+        UserError: images, captions or options that cannot be used.
+    """
+    datasets, notices = [], []
+    resumed = config.train.resume
+    tables = bucket_table.read(Path(resumed) / bucket_table.FILE) if resumed else {}
+    tokenizers = [Tokenizer(folder) for folder in model.tokenizers.values()]
+    words.teach(tokenizers, model, vocabulary.rows)
+    for name, options in config.data.items():
+        records = []
+        for key, where in options.source.items():
+            try:
+                found = source.index(**_source_options(where))
+            except UserError as error:
+                raise UserError(f"data.{name}.source.{key}: {error}") from None
+            records += found.records
+            notices += found.notices
+        sizes = [record.size for record in records]
+        buckets, new = _buckets(name, options.bucket, sizes, tables.get(name))
+        records = [record._replace(scaled=buckets.scaled) for record in records]
+        batch_size = options.batch_size * num_devices
+        try:
+            plan = BatchPlan(buckets, batch_size, seed=config.seed, name=name, tail=options.tail)
+        except UserError as error:
+            raise UserError(f"data.{name}: {error}") from None
+        repeats = config.model.tokenizer_repeats
+        datasets.append(
+            Dataset(
+                name,
+                records,
+                buckets,
+                plan,
+                tokenizers,
+                repeats,
+                options.loss_weight,
+                options.teacher,
+                with_sizes=model.family.is_xl,
+            )
+        )
+        notices += new + _truncated(datasets[-1]) + report.warnings(datasets[-1])
+    return datasets, notices
+
+
+def _buckets(
+    name: str, options: Config, sizes: list[Size], saved: bucket_table.Saved | None
+) -> tuple[Buckets, list[str]]:
+    """A dataset's buckets: those of the run that goes on, unless other options are asked for."""
+    key, node = f"data.{name}.bucket", options.to_dict()
+    kept = saved if saved and bucket_table.matches(saved, node) else None
+    buckets = compat.build(node, "bucket", key, sizes=sizes, known=kept.sizes if kept else ())
+    if not kept:
+        return buckets, []
+    buckets, added = bucket_table.restore(kept, sizes, buckets)
+    if not added:
+        return buckets, []
+    return buckets, [f"data.{name}: {added} images are new, and go to sizes that the run has"]
+
+
+def _source_options(options: Config) -> dict[str, Any]:
+    template, where = options.prompt_template, options.to_dict()
+    where["prompt_template"] = configs.find_shipped(template) if template else None
+    if isinstance(where["caption_file"], dict):
+        where["caption_file"] = compat.build(
+            where["caption_file"], "caption loader", "caption_file"
+        )
+    where["text_transforms"] = [
+        compat.build(node, "text transform", f"text_transforms.{name}")
+        for name, node in where["text_transforms"].items()
+    ]
+    return where
+
+
+def _truncated(dataset: Dataset) -> list[str]:
+    names = dataset.truncated
+    if not names:
+        return []
+    return [
+        f"data.{dataset.name}: the prompts of {len(names)} images are cut at {75 * dataset.repeats}"
+        f" tokens ({captions.shown(names[0])} …); raise model.tokenizer_repeats"
+    ]
+
+
+def check_guidance(loss: Loss, datasets: Sequence[Dataset]) -> None:
+    """Guidance needs negative prompts, and these need guidance."""
+    pairs = [dataset.name for dataset in datasets if dataset.with_negatives]
+    if pairs and loss.guidance is None:
+        raise UserError(
+            f"data.{pairs[0]}: word_names has pairs [positive, negative], which only guidance "
+            "gives a meaning; set train.cfg_scale, to '3.0' for instance"
+        )
+    if not pairs and loss.guidance is not None:
+        raise UserError(
+            "train.cfg_scale: there are no negative prompts; give word_names a pair "
+            "[positive, negative], such as pt1: [pt-cat1, pt-cat1-neg], or set it to '1.0'"
+        )
+
+
+def check_latent_caches(config: Config, datasets: Sequence[Dataset]) -> None:
+    """Latents can be encoded before the first step if all views of the images are known."""
+    for dataset in datasets:
+        drawn = any(record.crop == "random" for record in dataset.records)
+        if drawn and config.data[dataset.name].cache_latents:
+            raise UserError(
+                f"data.{dataset.name}.cache_latents: crop: random shows another part of an image "
+                "in every epoch, which is not known before; use cache_latents: false, or center"
+            )
+
+
+def check_text_caches(config: Config, labels: Labels, datasets: Sequence[Dataset]) -> None:
+    """Prompts can be encoded before the first step if encoders stay as they are, and all prompts
+    are known."""
+    for dataset in datasets:
+        if not config.data[dataset.name].cache_text:
+            continue
+        key = f"data.{dataset.name}.cache_text"
+        if any(own for name, own in labels.items() if name.removeprefix("lora_") in TEXT_INPUTS):
+            raise UserError(f"{key}: a text encoder is trained, so it must be false")
+        if words.PART in labels:
+            raise UserError(f"{key}: words are trained, so it must be false")
+        if dataset.with_negatives:
+            raise UserError(f"{key}: there are negative prompts too, so it must be false")
+        for record in dataset.records:
+            if record.recipe.draws:
+                raise UserError(
+                    f"{key}: the text_transforms of {record.path.name} make other prompts in every "
+                    "epoch, which are not known before; use false"
+                )
+            if (count := len(prompts.every(record.captions, record.recipe))) > MAX_PROMPTS:
+                raise UserError(
+                    f"{key}: {record.path.name} has {count} prompts, more than the {MAX_PROMPTS} "
+                    "that can be kept; use a prompt_template of fewer lines, or set it to false"
+                )
