@@ -3,7 +3,6 @@
 How such factors lie in files is `formats.lora`'s matter.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -48,9 +47,10 @@ class Change(NamedTuple):
         """Whether the factors are those of a weight of this shape."""
         whole = {n: jax.ShapeDtypeStruct(v.shape, np.float32) for n, v in self.factors.items()}
         weight = jax.ShapeDtypeStruct(shape, np.float32)
-        form = functools.partial(WEIGHTS[self.kind], scale=self.scale)
+        form = WEIGHTS[self.kind]
         try:
-            return jax.eval_shape(form, whole, weight).shape == shape
+            made = jax.eval_shape(lambda f, w: form(f, w, self.scale), whole, weight)
+            return made.shape == shape
         except (TypeError, ValueError, IndexError):  # what JAX raises of shapes that do not fit
             return False
 

@@ -112,14 +112,16 @@ def test_both_forms_of_files_keep_every_kind(kind, tmp_path, rng):
     own = {module: [Adapter("g", tuple(shape), 2, 0.5, 0.0, kind)]}
     weight = {f"{module}.weight": rng.standard_normal(shape, np.float32)}
     made = adapters.result(own, adapters.init(own, 0, weight))
+    change = made[module]
+    assert isinstance(change, Change)
     lora.write_kohya(tmp_path / "k.safetensors", {"unet": made}, configs)
     lora.write_hcp(tmp_path, {"unet": made})
     for name in ("k", "unet"):
         found = lora.read(tmp_path / f"{name}.safetensors", configs)["unet"][module]
         assert isinstance(found, Change)
-        assert (found.kind, found.scale) == (kind, made[module].scale)
-        assert found.factors.keys() == made[module].factors.keys()
+        assert (found.kind, found.scale) == (kind, change.scale)
+        assert found.factors.keys() == change.factors.keys()
         for factor, value in found.factors.items():
-            np.testing.assert_array_equal(value, made[module].factors[factor])
+            np.testing.assert_array_equal(value, change.factors[factor])
     with pytest.raises(UserError, match=f"{module} has a {kind}.*kohya"):
         lora.write_peft(tmp_path / "p.safetensors", {"unet": made})
