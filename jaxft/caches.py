@@ -121,7 +121,9 @@ def _texts(made: Plan, by_folder: Folders, say: Any, stopped: Any) -> Stores:
     def compute(weights: Weights, ids: list[jax.Array]) -> Any:
         encoders = [params.bind(networks[name], weights[name]) for name in parts]
         options = {"clip_skip": clip_skip, "final_norm": final_norm}
-        return conditioning.encode_text(encoders, ids, conditioning.stack(rows), **options)
+        return conditioning.encode_text(
+            encoders, ids, conditioning.stack(jax.device_put(rows)), **options
+        )
 
     def encode(ids: list[np.ndarray]) -> dict[str, np.ndarray]:
         states = compute(on_devices(), jax.device_put(ids, where))

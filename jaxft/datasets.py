@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxft import compat, report
+from jaxft import compat, report, words
+from jaxft import config as configs
 from jaxft.config import Config
 from jaxft.data import bucket_table, captions, prompts, source
 from jaxft.data.batches import BatchPlan

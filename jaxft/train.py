@@ -175,7 +175,7 @@ def _to_devices(plan: Plan) -> Run:
     remat = REMAT[policy] if isinstance(policy, bool) else policy
     options = {"unet": {"remat": remat}}
     labels, loras = plan.selection.labels, plan.selection.adapters
-    frozen = {
+    frozen: dict[str, Any] = {
         name: {k: v for k, v in part.params.items() if k not in labels.get(name, {})}
         for name, part in parts.items()
     }
@@ -189,7 +189,7 @@ def _to_devices(plan: Plan) -> Run:
         for name in family.text_encoders:
             del frozen[name]
     elif plan.words.frozen:
-        frozen[words.PART] = plan.words.frozen
+        frozen[words.PART] = dict(plan.words.frozen)
 
     def build(name: str) -> Any:
         network = family.networks[name](parts[name].config, **options.get(name, {}))
@@ -222,7 +222,7 @@ def _to_devices(plan: Plan) -> Run:
     return Run(plan, programs, _placed(plan, frozen), key)
 
 
-def _initial(plan: Plan) -> Weights:
+def _initial(plan: Plan) -> dict[str, Any]:
     """What is trained as it is before the first step, on the host."""
     trainable = selection.initial(plan.selection, plan.model, plan.config.seed)
     return trainable | ({words.PART: plan.words.trained} if plan.words.groups else {})
@@ -332,7 +332,8 @@ def _loop(
     if stop.requested:
         log.message(f"stopped; go on with: python -m jaxft.train --resume {folder}")
         return 128 + stop.requested
-    for path in export(plan, *jax.device_get((state.trainable, state.average)), folder):
+    trained, average = jax.device_get((state.trainable, state.average))
+    for path in export(plan, trained, average, folder):
         log.message(f"wrote     {path}")
     return 0
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxft import config, plan
+from jaxft import config, datasets
 from jaxft.data import source, templates
 from jaxft.errors import UserError
 from tests.data_fixtures import photo_folder
@@ -76,7 +76,7 @@ def test_one_transform_none_and_a_change_from_the_command_line(load):
 def test_the_order_is_the_lists(load):
     texts = [f"t{number}" for number in range(12)]
     nodes = ", ".join(f"{{_target_: Suffix, text: {text}}}" for text in texts)
-    options = plan._source_options(load(f"text_transforms: [{nodes}]"))
+    options = datasets._source_options(load(f"text_transforms: [{nodes}]"))
     made = ""
     for transform in options["text_transforms"]:
         made = transform.apply(made, None)
@@ -92,7 +92,7 @@ def test_prompts_come_out(load, tmp_path, text):
     (tmp_path / "imgs" / "stray.json").write_text("{}")
     loader = "{_target_: hcpdiff.data.caption_loader.TXTCaptionLoader, path: imgs}"
     found = load(f"{text}\n        {line}\n        caption_file: {loader}")
-    records, notices = source.index(**plan._source_options(found))
+    records, notices = source.index(**datasets._source_options(found))
     assert notices == []
     prompts = [source.prompt(record, pick) for record in records for pick in range(50)]
     assert len(set(prompts)) > 25
@@ -105,12 +105,12 @@ def test_caption_lines_and_word_names_reach_the_source(load, tmp_path):
     (tmp_path / "imgs" / "0.txt").write_text("one\ntwo")
     text = "caption_file: imgs\n        prompt_template: null"
     with pytest.raises(UserError, match="caption_lines"):
-        source.index(**plan._source_options(load(text)))
-    first = source.index(**plan._source_options(load(f"{text}\n        caption_lines: first")))
+        source.index(**datasets._source_options(load(text)))
+    first = source.index(**datasets._source_options(load(f"{text}\n        caption_lines: first")))
     assert first.records[0].captions == ("one",)
     lists = f"text_transforms: [{{{FILL}{{pt1: [a, b]}}}}]"
     with pytest.raises(UserError, match=r"word_names\.pt1"):
-        source.index(**plan._source_options(load(lists)))
+        source.index(**datasets._source_options(load(lists)))
 
 
 NAMES = ["name", "object", "style"]

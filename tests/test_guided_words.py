@@ -48,7 +48,8 @@ SMALL = (
 )
 def test_scales_follow_hcps_courses(cfg_scale, formula):
     wanted = [formula(t / 999) for t in range(1000)]
-    np.testing.assert_allclose(guidance.scales(cfg_scale, 1000), wanted, rtol=1e-6)
+    found: Any = guidance.scales(cfg_scale, 1000)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
 @pytest.mark.parametrize("cfg_scale", ["x", "", "1.0-", "3.0:sin", "-1", "1-2-3", "3:rate*2"])
@@ -126,7 +127,7 @@ def test_gradients_of_words_are_not_clipped_nor_count_in_the_norm():
     own = {"unet": {"w": jnp.array([3.0, 4.0])}, "words": {"x": jnp.array([[30.0, 40.0]])}}
     labels = {"unet": {"w": "a"}, "words": {"x": "b"}}
     made = optimizers.grouped(labels, {"a": optax.sgd(1.0), "b": optax.sgd(1.0)}, 1.0)
-    updates, _ = made.update(own, made.init(own), own)
+    updates: Any = made.update(own, made.init(own), own)[0]
     np.testing.assert_allclose(updates["unet"]["w"], [-0.6, -0.8], rtol=1e-6)
     np.testing.assert_allclose(updates["words"]["x"], [[-30, -40]])
 
