@@ -33,7 +33,7 @@ folder for diffusers  {model}
 Try next, after `source .venv/bin/activate`:
 
   jaxft sample --config configs/infer/demo.yaml pretrained_model={model} \\
-      prompt='a sks figure on a dotted pink background' seed=7
+      prompt='a sks figure on a dotted pink background' infer_args.guidance_scale=1.5 seed=7
   jaxft sample --config configs/infer/demo.yaml prompt='a small red star on a blue background'
   jaxft plan --config configs/train/examples/demo.yaml
   jaxft train --config configs/train/examples/demo.yaml exp_dir=demo/no_class data.class=---

@@ -88,8 +88,10 @@ def test_averages_in_part_files_are_the_formula_upon_the_weights_in_them(run, na
     configs_of = diffusers_folder.read_configs(nano_model)
     for name in ("unet", "text_encoder"):
         raw, averaged = (lora.read(part(run, name), configs_of, average) for average in (0, 1))
-        assert averaged[name].keys() == raw[name].keys()
-        assert any(np.any(low.up != raw[name][m].up) for m, low in averaged[name].items())
+        theirs: Any = raw[name]
+        ours: Any = averaged[name]
+        assert ours.keys() == theirs.keys()
+        assert any(np.any(low.up != theirs[m].up) for m, low in ours.items())
 
 
 def merged(model: diffusers_folder.Model, run: Path) -> diffusers_folder.Model:
@@ -159,9 +161,9 @@ def test_the_lora_file_in_diffusers_makes_the_export(run, nano_model):
 def test_the_factors_of_the_lora_file_are_those_of_the_part_files(run, nano_model):
     model = diffusers_folder.read_configs(nano_model)
     (file,) = (run / "export").glob("*-lora.safetensors")
-    whole = lora.read(file, model)
+    whole: Any = lora.read(file, model)
     for network in ("unet", "text_encoder"):
-        found = lora.read(part(run, network), model)[network]
+        found: Any = lora.read(part(run, network), model)[network]
         assert found.keys() == whole[network].keys()
         for module, low in found.items():
             np.testing.assert_array_equal(low.up, whole[network][module].up)
