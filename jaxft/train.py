@@ -322,7 +322,8 @@ def _loop(
     if stop.requested:
         log.message(f"stopped; go on with: python -m jaxft.train --resume {folder}")
         return 128 + stop.requested
-    for path in export(plan, *jax.device_get((state.trainable, state.average)), folder):
+    trained, average = jax.device_get((state.trainable, state.average))
+    for path in export(plan, trained, average, folder):
         log.message(f"wrote     {path}")
     return 0
 
