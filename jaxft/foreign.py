@@ -61,7 +61,6 @@ REFUSED: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
             "bias": ((False,), "the files of LoRAs have no biases; `unet:` trains them"),
             "svd_init": ((False,), "a LoRA begins at nothing: `up` is zero"),
             "alpha_auto_scale": ((True,), "alpha is divided by the rank"),
-            "type": (("lora", None), "a LoRA is a plain one"),
             "branch": ((None,), "a LoRA has one branch"),
         }.items()
     },

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxft.errors import UserError
+from jaxft.lycoris import Change
 from jaxft.patterns import match
 
 
@@ -30,23 +31,26 @@ class LowRank(NamedTuple):
         """What the product is multiplied by."""
         return self.alpha / self.rank
 
-    def delta(self) -> np.ndarray:
-        """What is added to the layer's weight at strength 1, float32, in the weight's shape."""
+    def delta(self, weight: Any = None) -> np.ndarray:
+        """What is added to the layer's weight (whatever it is) at strength 1, float32."""
         down, up = (np.asarray(factor, np.float32) for factor in (self.down, self.up))
         product = up.reshape(len(up), -1) @ down.reshape(len(down), -1)
         return self.scale * product.reshape(len(up), *down.shape[1:])
 
 
-Lora = dict[str, dict[str, LowRank]]
+Layers = dict[str, LowRank | Change]
+"""Module -> factors."""
+
+Lora = dict[str, Layers]
 """Network's folder -> module -> factors."""
 
 
 def choose(
-    layers: Mapping[str, LowRank],
+    layers: Mapping[str, LowRank | Change],
     weights: Mapping[str, Any],
     patterns: str | Sequence[str],
     source: str,
-) -> dict[str, LowRank]:
+) -> Layers:
     """The layers of a network's LoRA that patterns take (`jaxft.patterns`; `'all'`: all).
 
     Raises:
@@ -63,14 +67,14 @@ def choose(
 
 
 def merge(
-    weights: Mapping[str, Any], layers: Mapping[str, LowRank], strength: float = 1.0
+    weights: Mapping[str, Any], layers: Mapping[str, LowRank | Change], strength: float = 1.0
 ) -> dict[str, Any]:
     """Weights with a network's LoRA added, each in its own dtype; the rest are shared."""
     merged = dict(weights)
     for module, low in layers.items():
         name = f"{module}.weight"
         weight = np.asarray(merged[name])
-        delta = low.delta().reshape(weight.shape)
+        delta = low.delta(weight).reshape(weight.shape)
         merged[name] = (weight.astype(np.float32) + strength * delta).astype(weight.dtype)
     return merged
 

@@ -28,6 +28,7 @@ from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder, single_file
 from jaxft.selection import Selection
 from jaxft.shapes import TEXT_INPUTS
+from jaxft.tuning import adapters as loras
 from jaxft.tuning import optimizers, schedules
 from jaxft.tuning.ema import Average
 from jaxft.tuning.groups import Group, Labels
@@ -344,18 +345,11 @@ def _group_line(plan: Plan, group: Group) -> str:
     weights = int(sum(own)) + sum(adapter.size for adapter in low)
     tensors = f"{len(own)} tensors"
     if low:
-        ranks, scales = ({getattr(one, what) for one in low} for what in ("rank", "scale"))
-        tensors = (
-            f"LoRAs of {len(low)} layers, rank {_span(ranks)}, scale {_span(scales)} (alpha / rank)"
-        )
+        tensors = loras.describe(low)
     return (
         f"{group.name:10}{weights:>13,} weights ({100 * weights / total:.1f} %) in "
         f"{tensors}, rate {group.lr:.3g}, layers {', '.join(map(repr, group.layers))}"
     )
-
-
-def _span(values: set[float]) -> str:
-    return " to ".join(f"{value:g}" for value in dict.fromkeys((min(values), max(values))))
 
 
 def _dataset_lines(dataset: Dataset) -> list[str]:

@@ -54,6 +54,9 @@ def select(config: Mapping[str, Any], model: Model, factor: float = 1.0) -> Sele
             group["rank"],
             group["alpha"],
             group["dropout"],
+            group["type"],
+            group["rank_dropout"],
+            group["factor"],
         )
         for network in NETWORKS
         for name, group in config[f"lora_{network}"].items()
@@ -123,7 +126,7 @@ def _adapters(
             network, inner = hcp.place(module, of)
             before = found.setdefault(network, {}).setdefault(inner, [])
             more += bool(before)
-            before += own
+            found[network][inner] = loras.join(before, own, module)
         if more:
             notices.append(f"{group.name} adds to the LoRAs that {more} of its layers have already")
     return found
@@ -138,7 +141,7 @@ def initial(selection: Selection, model: Model, seed: int) -> dict[str, dict[str
             chosen = {name: weights[name] for name in weights if name in own}
             trained[network] = params.cast(chosen, np.float32)
     for network, own in selection.adapters.items():
-        trained[f"lora_{network}"] = loras.init(own, seed)
+        trained[f"lora_{network}"] = loras.init(own, seed, model.parts[network].params)
     return trained
 
 

@@ -123,6 +123,24 @@ def test_dropout_is_of_what_lies_between_the_factors_and_leaves_the_mean(rng):
     np.testing.assert_allclose(outputs.mean(axis=0), up @ inner, atol=0.1)
 
 
+def test_dropped_ranks_are_those_of_a_whole_image(rng):
+    """Of each image by itself, at all its pixels; the mean is left."""
+    own = one((7, 5, 1, 1))._replace(rank_dropout=0.25)
+    assert adapters.dropout_keys({"layer": [own]}) == ["layer.lora.0.key"]
+    zeros = {"layer.weight": np.zeros((7, 5, 1, 1), np.float32), "layer.bias": np.zeros(7)}
+    factors = random_factors({"layer": [own]}, rng)
+    weights = zeros | factors | {"layer.lora.0.key": jax.random.key(0)}
+    outputs = params.bind(bound("1x1", own), weights).layer(jnp.ones((4000, 2, 3, 5)))
+    assert np.ptp(outputs, axis=(1, 2)).max() < 1e-6
+    inner = factors["layer.lora.0.down"].sum(axis=(1, 2, 3))
+    up = factors["layer.lora.0.up"][..., 0, 0] * own.scale
+    for kept in np.ndindex(2, 2):
+        expected = up @ (inner * kept / 0.75)
+        share = np.isclose(outputs[:, 0, 0], expected, atol=1e-5).all(axis=1).mean()
+        wanted = np.prod(np.where(kept, 0.75, 0.25))
+        assert share == pytest.approx(wanted, abs=0.04)  # five standard deviations
+
+
 # ---------------------------------------------------------------------------------- factors
 
 
@@ -178,6 +196,7 @@ def tiny(rng, family=SD1) -> Model:
 def groups(clip_skip: int = 0, **chosen: Any) -> dict[str, Any]:
     """The groups of a configuration: section -> patterns, or (patterns, options)."""
     options = {"lr": 1e-3, "rank": RANK, "alpha": ALPHA, "dropout": 0.0}
+    options |= {"rank_dropout": 0.0, "type": "lora", "factor": -1}
     tree: dict[str, Any] = {name: {} for name in ("unet", "text_encoder", "lora_unet")}
     tree["lora_text_encoder"] = {}
     for section, items in chosen.items():
@@ -319,6 +338,23 @@ def test_a_rank_below_one_is_a_share_of_the_layers_width(rng):
         ({"lora_unet": [{"layers": [""], "rank": 0}]}, "lora_unet.0.rank: 0 is neither"),
         ({"lora_unet": [{"layers": [""], "alpha": 0}]}, "lora_unet.0.alpha: 0 must be more"),
         ({"lora_unet": [{"layers": [""], "dropout": 1}]}, "lora_unet.0.dropout: 1 must be"),
+        (
+            {"lora_unet": [{"layers": [""], "type": "lora3"}]},
+            "type: 'lora3' is none of lora, locon",
+        ),
+        (
+            {"lora_unet": [{"layers": [r"re:.*attn.?$"], "type": "locon"}]},
+            "lora_unet.0.type: locon differs from lora in convolutions",
+        ),
+        ({"lora_unet": [{"layers": [""], "factor": 4}]}, "lora_unet.0.factor: 4 .*`type: lokr`"),
+        (
+            {"lora_unet": [{"layers": [""], "type": "oft", "rank_dropout": 0.1}]},
+            "lora_unet.0.rank_dropout: oft has nothing",
+        ),
+        (
+            {"lora_unet": [["conv_in"], {"layers": ["conv_in"], "type": "dora"}]},
+            "lora_unet.1: conv_in has an adapter of lora_unet.0 already, and only .* dora does not",
+        ),
         ({}, "nothing is trained"),
     ],
 )

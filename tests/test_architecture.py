@@ -13,7 +13,8 @@ LAYERS = (
     {"builtin", "tensor_file"},
     {"arithmetic", "checkpoint", "cli", "compile_cache", "gallery", "lock", "log", "mesh"}
     | {"params", "patterns", "schema", "signals", "data", "models"},
-    {"low_rank", "origins", "report"},
+    {"lycoris", "origins", "report"},
+    {"low_rank"},
     {"diffusion", "foreign", "formats", "tuning"},
     {"compat", "config", "selection", "step"},
     {"averaging", "loss_options"},

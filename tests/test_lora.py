@@ -220,8 +220,10 @@ def test_a_lora_for_another_base_is_named(folders, tmp_path, rng):
 @pytest.mark.parametrize(
     ("key", "said"),
     [
-        ("lora_unet_conv_in.dora_scale", "DoRA"),
-        ("lora_unet_conv_in.hada_w1_a", "LoHa"),
+        ("lora_unet_conv_in.dora_scale", "dora without down"),
+        ("lora_unet_conv_in.hada_w1_a", "loha without hada_w1_b"),
+        ("lora_unet_conv_in.oft_blocks", "not supported: BOFT"),
+        ("lora_unet_conv_in.w_norm", "not supported: trained norms"),
         ("model.diffusion_model.out.2.bias", "holds no LoRA"),
     ],
 )

@@ -13,7 +13,7 @@ import yaml
 from diffusers import StableDiffusionPipeline
 
 from jaxft import config as configs
-from jaxft import merging, plan, sample, tensor_file, train
+from jaxft import low_rank, merging, plan, sample, tensor_file, train
 from jaxft.formats import diffusers_folder, hcp, lora
 from jaxft.tuning import ema
 from tests.data_fixtures import photo_folder
@@ -216,3 +216,34 @@ def test_the_example_with_convolutions_trains(overrides, tmp_path):
     average, raw = (tensor_file.read(file) for file in files)
     for name in [name for name in raw if name.endswith("lora_up.weight")]:  # `up` begins at 0
         np.testing.assert_array_equal(average[name], raw[name] / 2)
+
+
+def test_every_kind_trains_and_its_file_makes_the_export(overrides, nano_model, tmp_path):
+    layers = {
+        "loha": r"re:.*\.attn1$",
+        "lokr": r"re:.*\.attn2$",
+        "dora": r"re:.*\.resnets$",
+        "oft": r"re:.*\.ff$",
+        "locon": r"re:.*samplers\.0\.conv$",
+    }
+    groups = [{"lr": 1e-2, "rank": 2, "type": k, "layers": [own]} for k, own in layers.items()]
+    recipe = {
+        "_base_": ["configs/train/examples/fine-tuning.yaml"],
+        "unet": [],
+        "lora_unet": groups,
+    }
+    recipe |= {"export": {"webui": None, "diffusers": "fp32", "lora": "fp32"}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    argv = ["--config", str(tmp_path / "recipe.yaml"), f"exp_dir={tmp_path / 'run'}", *overrides]
+    assert train.main([*argv, "train.train_steps=2"]) == 0
+    base = diffusers_folder.read(str(nano_model))
+    (folder,) = (path for path in (tmp_path / "run" / "export").iterdir() if path.is_dir())
+    found = diffusers_folder.read(str(folder)).parts["unet"].params
+    for file in (*(tmp_path / "run" / "export").glob("*-lora*"), part(tmp_path / "run", "unet", 2)):
+        own = lora.read(file, base.configs)["unet"]
+        assert {getattr(low, "kind", "lora") for low in own.values()} == {*layers}
+        wanted = low_rank.merge(base.parts["unet"].params, own)
+        for name, weight in found.items():
+            np.testing.assert_allclose(weight, wanted[name], atol=1e-6, err_msg=name)
+            changed = bool(np.any(weight != base.parts["unet"].params[name]))
+            assert changed == (name.removesuffix(".weight") in own), name

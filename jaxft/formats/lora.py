@@ -16,10 +16,32 @@ from jaxft.formats import diffusers_folder, families, hcp, modelspec
 from jaxft.formats.diffusers_folder import Configs
 from jaxft.formats.webui_names import PREFIXES, names
 from jaxft.low_rank import Lora, LowRank
+from jaxft.lycoris import Change
 
 KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
 KOHYA_XL_PREFIXES = KOHYA_PREFIXES | {"text_encoder": "lora_te1"}
-KOHYA_ENDS = ("lora_down.weight", "lora_up.weight", "alpha")
+LORA_ENDS = {f"lora_{name}.weight": name for name in ("down", "mid", "up")}
+"""Ends of kohya's keys -> factors; of other kinds the two are the same."""
+
+MARKS = {
+    "hada_w1_a": "loha",
+    "lokr_w1": "lokr",
+    "lokr_w1_a": "lokr",
+    "oft_blocks": "oft",
+    "dora_scale": "dora",
+    "mid": "locon",
+}
+"""Factor -> the kind of adapter that has it."""
+
+NEEDED = {
+    "locon": {"down", "mid", "up"},
+    "dora": {"down", "up", "dora_scale"},
+    "loha": {f"hada_w{number}_{side}" for number in (1, 2) for side in "ab"},
+    "lokr": set(),
+    "oft": {"oft_blocks"},
+}
+"""Kind -> factors that every one has."""
+
 VERSIONS = {"stable-diffusion-v1": "sd_v1", "stable-diffusion-v2": "sd_v2"}
 """ModelSpec's architecture -> kohya's name of the base; XL's is its own."""
 
@@ -30,11 +52,8 @@ PEFT_METADATA = "lora_adapter_metadata"
 """Where diffusers looks for ranks and alphas."""
 
 OTHER_KINDS = {
-    ".dora_scale": "DoRA",
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "lora_mid": "LoCon in Tucker form",
-    "oft_": "OFT",
+    "oft_diag": "OFT of LyCORIS' first versions",
+    "rescale": "OFT with rescaling",
     ".diff.": "full difference",
     "w_norm": "trained norms",
     "a1.weight": "GLoRA",
@@ -97,7 +116,7 @@ def read(path: Path, configs: Configs, average: bool = False) -> Lora:
         lora = _from_hcp(stored, path, average)
     elif any(".lora_A." in key for key in stored):
         lora = _from_peft(stored, metadata, path)
-    elif any(key.endswith("lora_down.weight") for key in stored):
+    elif any(key.partition(".")[2] in (*LORA_ENDS, *MARKS) for key in stored):
         lora = _from_kohya(stored, configs, path)
     else:
         raise UserError(f"{path}: holds no LoRA in kohya's, PEFT's or HCP-Diffusion's form")
@@ -113,6 +132,10 @@ def _check(lora: Lora, configs: Configs, path: Path) -> None:
             shape = known.get(part, {}).get(module)
             if shape is None:
                 problems.append(f"{part}: {module}: the model has no such layer")
+                continue
+            if isinstance(low, Change):
+                if not low.fits(tuple(shape)):
+                    problems.append(f"{part}: {module}: its {low.kind} is not of {tuple(shape)}")
                 continue
             made = (len(low.up), *low.down.shape[1:])
             if _flat(made) != _flat(shape):
@@ -142,24 +165,42 @@ def _from_kohya(stored: Mapping[str, Any], configs: Configs, path: Path) -> Lora
             alias = f"{KOHYA_XL_PREFIXES[part]}_{module.replace('.', '_')}"
             places.setdefault(alias, (part, module))
     lora: Lora = {}
-    unknown = []
-    for key in stored:
+    unknown, layers = [], {}
+    for key, value in stored.items():
         start, _, end = key.partition(".")
-        if start not in places or end not in KOHYA_ENDS:
+        known = end == "alpha" or end in LORA_ENDS or end.startswith(("hada_", "lokr_"))
+        if start not in places or not (known or end in MARKS):
             unknown.append(key)
-        elif end == "lora_down.weight":
-            part, module = places[start]
-            up = stored.get(f"{start}.lora_up.weight")
-            if up is None:
-                raise UserError(f"{path}: {start}.lora_up.weight is missing")
-            alpha = float(stored.get(f"{start}.alpha", 0)) or float(len(stored[key]))
-            lora.setdefault(part, {})[module] = LowRank(stored[key], up, alpha)
+        else:
+            layers.setdefault(start, {})[LORA_ENDS.get(end, end)] = value
+    for start, factors in layers.items():
+        part, module = places[start]
+        alpha = float(factors.pop("alpha", 0))
+        lora.setdefault(part, {})[module] = _made(f"{path}: {start}", factors, alpha)
     if unknown:
         raise UserError(
             f"{path}: this LoRA was made for another model than {configs.family.title}; it has "
             f"{len(unknown)} keys that this model has no layers for, such as {unknown[0]}"
         )
     return lora
+
+
+def _made(where: str, factors: dict[str, Any], alpha: float) -> LowRank | Change:
+    """The adapter that has these factors; an alpha of 0 is one that the file does not say."""
+    kinds = [kind for name, kind in MARKS.items() if name in factors]
+    if not kinds:
+        for name in ("down", "up"):
+            if name not in factors:
+                raise UserError(f"{where}.lora_{name}.weight is missing")
+        return LowRank(factors["down"], factors["up"], alpha or float(len(factors["down"])))
+    if len(kinds) > 1:
+        raise UserError(f"{where}: not supported: {' and '.join(kinds)} in one layer")
+    if missing := sorted(NEEDED[kinds[0]] - factors.keys()):
+        raise UserError(f"{where}: {kinds[0]} without {missing[0]}")
+    if kinds[0] == "oft" and factors["oft_blocks"].ndim != 3:
+        raise UserError(f"{where}.oft_blocks: not supported: BOFT")
+    made = Change(kinds[0], factors, alpha)
+    return made if alpha or kinds[0] == "oft" else made._replace(alpha=float(made.rank or 1))
 
 
 def write_kohya(
@@ -183,6 +224,12 @@ def write_kohya(
     for part, layers in lora.items():
         for module, low in layers.items():
             key = table[part, module]
+            if isinstance(low, Change):
+                ends = {name: end for end, name in LORA_ENDS.items()}
+                for name, value in low.factors.items():
+                    stored[f"{key}.{ends.get(name, name)}"] = value
+                stored[f"{key}.alpha"] = np.asarray(low.alpha, np.float32)
+                continue
             stored[f"{key}.lora_down.weight"] = low.down
             stored[f"{key}.lora_up.weight"] = low.up
             stored[f"{key}.alpha"] = np.asarray(low.alpha, low.down.dtype)
@@ -196,15 +243,16 @@ def kohya_metadata(lora: Lora, configs: Configs, name: str) -> dict[str, str]:
     velocity = "_v" if configs.scheduler.get("prediction_type") == "v_prediction" else ""
     every = [low for layers in lora.values() for low in layers.values()]
     ranks, alphas = ({getattr(low, what) for low in every} for what in ("rank", "alpha"))
+    kinds = sorted({low.kind for low in every if isinstance(low, Change)})
     return modelspec.header(configs, name, "lora") | {
         "sshs_model_hash": "",
         "sshs_legacy_hash": "",
         "ss_base_model_version": VERSIONS.get(family.architecture, "sdxl_base_v1-0") + velocity,
         "ss_v2": str(family == families.SD2),
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "lycoris.kohya" if kinds else "networks.lora",
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
-        "ss_network_args": "{}",
+        "ss_network_args": json.dumps({"algo": kinds[0]} if kinds else {}),
         "ss_output_name": name,
     }
 
@@ -252,7 +300,8 @@ def write_peft(
         metadata: more texts for the header.
     """
     stored, settings = {}, {}
-    for part, layers in lora.items():
+    for part, own in lora.items():
+        layers = {module: _plain(path, module, low) for module, low in own.items()}
         ranks = {_unprefixed(module): low.rank for module, low in layers.items()}
         alphas = {_unprefixed(module): low.alpha for module, low in layers.items()}
         rank, alpha = (max(kind.values()) for kind in (ranks, alphas))
@@ -270,6 +319,16 @@ def write_peft(
     tensor_file.write(path, stored, {PEFT_METADATA: text} | dict(metadata or {}), _dtype(dtype))
 
 
+def _plain(path: Path, module: str, low: LowRank | Change) -> LowRank:
+    """The adapter as a LoRA."""
+    if isinstance(low, Change):
+        raise UserError(
+            f"{path}: {module} has a {low.kind}, and this form is only LoRA's; write kohya's form, "
+            "or merge it into a model"
+        )
+    return low
+
+
 def _unprefixed(module: str) -> str:
     """A module's name that PEFT, which compares ends, finds with and without the prefix."""
     return module.removeprefix(TEXT_PREFIX)
@@ -278,10 +337,13 @@ def _unprefixed(module: str) -> str:
 # -------------------------------------------------------------------------------------------- HCP
 
 
-HCP_ENDS = {"layer.W_down": "layer.W_up"} | {
-    f"{parent}.lora_down.weight": f"{parent}.lora_up.weight" for parent in ("layer", "lora_block")
+HCP_ENDS = {"layer.W_down": "down", "layer.W_up": "up"} | {
+    f"{parent}.lora_{name}.weight": name
+    for parent in ("layer", "lora_block")
+    for name in ("down", "up")
 }
-"""End of the first factor's key -> of the second's; `lora_down` in files of its first versions."""
+"""End of a key -> factor; `lora_down` in files of its first versions. Of kinds that HCP-Diffusion
+lacks, the two are the same."""
 
 
 def _from_hcp(stored: Mapping[str, Any], path: Path, average: bool) -> Lora:
@@ -290,19 +352,20 @@ def _from_hcp(stored: Mapping[str, Any], path: Path, average: bool) -> Lora:
     if named is None:
         raise UserError(f"{path}: no LoRA in it (no key '{kind}:…')")
     lora: Lora = {}
-    for key, down in named.items():
+    layers: dict[str, dict[str, Any]] = {}
+    for key, value in named.items():
         layer, mark, end = key.partition(".___.")
         if not mark:
             raise UserError(f"{path}: {kind}:{key} is no key of a LoRA in HCP-Diffusion's form")
-        if end not in HCP_ENDS:
-            continue
-        up = named.get(f"{layer}.___.{HCP_ENDS[end]}")
-        if up is None:
-            raise UserError(f"{path}: {kind}:{layer}.___.{HCP_ENDS[end]} is missing")
-        scale = float(named.get(f"{layer}.___.alpha", 1 / len(down)))
+        layers.setdefault(layer, {})[HCP_ENDS.get(end, end)] = value
+    for layer, factors in layers.items():
+        factors.pop("layer.bias", None)
+        scale = float(factors.pop("alpha", 0))
+        made = _made(f"{path}: {kind}:{layer}", factors, 0.0)
         own = "text_encoder" if layer.startswith(TEXT_PREFIX) else "unet"
         part, module = hcp.place(layer, own)
-        lora.setdefault(part, {})[module] = LowRank(down, up, scale * len(down))
+        alpha = scale * (made.rank or 1) if scale else made.alpha
+        lora.setdefault(part, {})[module] = made._replace(alpha=alpha)
     return lora
 
 
@@ -319,14 +382,17 @@ def hcp_names(lora: Lora) -> dict[str, dict[str, Any]]:
         part: {
             f"{module}.___.{end}": value
             for module, low in layers.items()
-            for end, value in (
-                ("layer.W_down", low.down),
-                ("layer.W_up", low.up),
-                ("alpha", np.asarray(low.scale, np.float32)),
-            )
+            for end, value in _hcp_factors(low).items()
         }
         for part, layers in lora.items()
     }
+
+
+def _hcp_factors(low: LowRank | Change) -> dict[str, Any]:
+    alpha = {"alpha": np.asarray(low.scale, np.float32)}
+    if isinstance(low, Change):
+        return {**low.factors} | alpha
+    return {"layer.W_down": low.down, "layer.W_up": low.up} | alpha
 
 
 def _dtype(name: str | None) -> Any:

@@ -7,7 +7,6 @@ is that of the activations; the statistics of norms are float32. Layers are only
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,44 +16,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 
-class LowRank(nnx.Module):
-    """What a LoRA adds to its layer's output: scale · up(down(x)), a branch beside the layer.
-
-    The layer itself does `down`, as it does its own weight (`adapt`). So neither the sum of the
-    weights nor a gradient of the layer's weight is ever formed.
-
-    Args:
-        shape: of the layer's weight.
-        rank: rows of `down`.
-        scale: of the product.
-        dropout: share of the values between the factors that is dropped; `key` says which.
-    """
-
-    def __init__(self, shape: tuple[int, ...], rank: int, scale: float, dropout: float = 0.0):
-        self.down = nnx.Param(jnp.zeros((rank, *shape[1:])))
-        self.up = nnx.Param(jnp.zeros((shape[0], rank, *(1,) * (len(shape) - 2))))
-        self.key = nnx.Param(jax.random.key(0)) if dropout else nnx.data(None)
-        self.scale, self.dropout = scale, dropout
-
-    def __call__(self, inner: Float[Array, "... r"]) -> Float[Array, "... o"]:
-        if self.key is not None:
-            kept = jax.random.bernoulli(self.key[...], 1 - self.dropout, inner.shape)
-            inner = jnp.where(kept, inner / (1 - self.dropout), 0)
-        up = self.up[...].astype(inner.dtype)
-        return self.scale * jnp.einsum("...r,or->...o", inner, up.reshape(up.shape[:2]))
-
-
-def adapt(network: nnx.Module, module: str, additions: Sequence[LowRank]) -> None:
-    """Gives a network's layer its LoRAs; their weights are `<module>.lora.<number>.down` and
-    `.up`, and `.key` where something is dropped."""
-    layer: Any = network
-    for name in module.split("."):
-        layer = layer[int(name)] if name.isdigit() else getattr(layer, name)
-    layer.lora = nnx.List(list(additions))
-
-
 class Linear(nnx.Module):
-    """`torch.nn.Linear`: x · Wᵀ + b on the last axis; with LoRAs, what they add."""
+    """`torch.nn.Linear`: x · Wᵀ + b on the last axis; with adapters (`models.adapters`), as they
+    change it."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         self.weight = nnx.Param(jnp.zeros((out_features, in_features)))
@@ -62,13 +26,14 @@ class Linear(nnx.Module):
         self.lora = nnx.List([])
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-        y = self._product(x, self.weight)
-        for low in self.lora:
-            y = y + low(self._product(x, low.down))
+        weight = self.weight[...]
+        y = self._product(x, weight)
+        for adapter in self.lora:
+            y = adapter(x, y, weight, self._product)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
-    def _product(self, x: Array, weight: nnx.Param) -> Array:
-        return jnp.einsum("...i,oi->...o", x, weight[...].astype(x.dtype))
+    def _product(self, x: Array, weight: Any) -> Array:
+        return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype))
 
 
 FEW_PIXELS = 16
@@ -93,13 +58,14 @@ class Conv2d(nnx.Module):
         self.padding = (padding, padding) if isinstance(padding, int) else padding
 
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
-        y = self._product(x, self.weight)
-        for low in self.lora:
-            y = y + low(self._product(x, low.down))
+        weight = self.weight[...]
+        y = self._product(x, weight)
+        for adapter in self.lora:
+            y = adapter(x, y, weight, self._product)
         return y + self.bias[...].astype(x.dtype)
 
-    def _product(self, x: Array, kernel: nnx.Param) -> Array:
-        weight = kernel[...].astype(x.dtype)
+    def _product(self, x: Array, kernel: Any) -> Array:
+        weight = kernel.astype(x.dtype)
         if weight.shape[2:] == (1, 1):
             return jnp.einsum("bhwi,oi->bhwo", x, weight[:, :, 0, 0])
         if self._few_pixels(x):
@@ -120,7 +86,7 @@ class Conv2d(nnx.Module):
     def _few_pixels(self, x: Array) -> bool:
         return jax.default_backend() == "cpu" and math.prod(self._output_size(x)) < FEW_PIXELS
 
-    def _sum_of_taps(self, x: Array, weight: Array) -> Array:
+    def _sum_of_taps(self, x: Array, weight: Any) -> Array:
         height, width = self._output_size(x)
         x = jnp.pad(x, ((0, 0), self.padding, self.padding, (0, 0)))
 

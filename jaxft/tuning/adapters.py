@@ -1,7 +1,9 @@
-"""LoRAs in training: from groups to factors beside the layers, and from trained factors to a LoRA.
+"""LoRAs and other adapters in training: from groups to factors beside the layers, and from trained
+factors to a LoRA.
 
-A layer may have several, of different groups: they add up. Their factors are a part of what is
-trained, `lora_<network>`, under the names that `models.layers.adapt` gives them in the network.
+A layer may have several LoRAs, of different groups: they add up; of other kinds it has one. Their
+factors are a part of what is trained, `lora_<network>`, under the names that
+`models.adapters.adapt` gives them in the network.
 """
 
 import math
@@ -11,11 +13,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxft import patterns
+from jaxft import lycoris, patterns
 from jaxft.errors import UserError
 from jaxft.low_rank import LowRank
-from jaxft.models import layers
+from jaxft.lycoris import Change
+from jaxft.models import adapters as forms
 from jaxft.tuning.groups import Group
+
+WITHOUT_DROPOUT = ("lokr", "oft")
+"""Kinds that have no values of their own between two factors."""
+
+UNIFORM = ("down", "mid", "lokr_w1", "lokr_w2_a")
+"""Factors that begin uniform in ±1/√(inputs of a row), as `torch.nn.Linear` (He et al. 2015 with
+a = √5), HCP-Diffusion and LyCORIS have it."""
+
+NORMAL = {"hada_w1_a": 0.1, "hada_w1_b": 1.0, "hada_w2_b": 1.0}
+"""Factors that begin normal, with their standard deviations, as in LyCORIS."""
 
 
 class LoraGroup(NamedTuple):
@@ -26,6 +39,11 @@ class LoraGroup(NamedTuple):
     """From 1 a whole number; below 1 a share of the layer's output width."""
     alpha: float
     dropout: float
+    kind: str = "lora"
+    """A name in `models.adapters.FORWARD`."""
+    rank_dropout: float = 0.0
+    factor: int = -1
+    """What `lokr` divides widths by; -1: near their roots."""
 
 
 class Adapter(NamedTuple):
@@ -37,16 +55,33 @@ class Adapter(NamedTuple):
     rank: int
     alpha: float
     dropout: float
+    kind: str = "lora"
+    rank_dropout: float = 0.0
+    factor: int = -1
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the factors."""
+        return forms.SHAPES[self.kind](self.shape, self.rank, self.factor)
 
     @property
     def scale(self) -> float:
-        """What the product of the factors is multiplied by."""
-        return self.alpha / self.rank
+        """What the product of the factors is multiplied by; of `oft` the limit of a turn."""
+        return lycoris.scale(self.kind, self._rows, self.alpha)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether alpha is divided by the rank; `oft` and a `lokr` of whole factors have none."""
+        return lycoris.rank(self._rows) is not None
+
+    @property
+    def _rows(self) -> dict[str, range]:
+        return {name: range(shape[0]) for name, shape in self.shapes.items()}
 
     @property
     def size(self) -> int:
         """Scalars in the factors."""
-        return self.rank * (self.shape[0] + math.prod(self.shape[1:]))
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
 
 Adapters = dict[str, list[Adapter]]
@@ -54,8 +89,14 @@ Adapters = dict[str, list[Adapter]]
 
 
 def check(lora: LoraGroup) -> None:
-    """Raises UserError for a rank, an alpha or a dropout without meaning."""
+    """Raises UserError for a kind, a rank, an alpha or a dropout without meaning."""
     name, rank = lora.group.name, lora.rank
+    if lora.kind not in forms.FORWARD:
+        raise UserError(f"{name}.type: {lora.kind!r} is none of {', '.join(forms.FORWARD)}")
+    if lora.factor != -1 and (lora.kind != "lokr" or lora.factor < 1):
+        raise UserError(
+            f"{name}.factor: {lora.factor} must be at least 1, and is of `type: lokr`; leave it out"
+        )
     if rank <= 0 or (rank >= 1 and rank != int(rank)):
         raise UserError(
             f"{name}.rank: {rank:g} is neither a whole number from 1 nor a share of the layer's "
@@ -63,8 +104,33 @@ def check(lora: LoraGroup) -> None:
         )
     if lora.alpha <= 0:
         raise UserError(f"{name}.alpha: {lora.alpha:g} must be more than 0: nothing would be added")
-    if not 0 <= lora.dropout < 1:
-        raise UserError(f"{name}.dropout: {lora.dropout:g} must be from 0 to below 1")
+    for key in ("dropout", "rank_dropout"):
+        share = getattr(lora, key)
+        if not 0 <= share < 1:
+            raise UserError(f"{name}.{key}: {share:g} must be from 0 to below 1")
+        if share and lora.kind in WITHOUT_DROPOUT:
+            raise UserError(f"{name}.{key}: {lora.kind} has nothing that it could drop; use 0")
+
+
+def describe(own: Sequence[Adapter]) -> str:
+    """A group's adapters in words, by kind: how many, their ranks and scales."""
+    texts = []
+    for kind in dict.fromkeys(one.kind for one in own):
+        these = [one for one in own if one.kind == kind]
+        texts.append(f"{'LoRAs' if kind == 'lora' else kind} of {len(these)} layers")
+        if kind == "oft":
+            sides = [one.shapes["oft_blocks"][1] for one in these]
+            texts.append(f"blocks of {_span(sides)} channels, limit {_span([these[0].alpha])}")
+        elif scaled := [one for one in these if one.is_scaled]:
+            ranks, scales = ([getattr(one, what) for one in scaled] for what in ("rank", "scale"))
+            texts.append(f"rank {_span(ranks)}, scale {_span(scales)} (alpha / rank)")
+        if kind == "lokr" and (whole := sum(not one.is_scaled for one in these)):
+            texts.append(f"both factors whole in {whole}, where rank and alpha have no influence")
+    return ", ".join(texts)
+
+
+def _span(values: Sequence[float]) -> str:
+    return " to ".join(f"{value:g}" for value in dict.fromkeys((min(values), max(values))))
 
 
 def choose(lora: LoraGroup, names: Sequence[str], shapes: Mapping[str, Any]) -> Adapters:
@@ -91,6 +157,11 @@ def choose(lora: LoraGroup, names: Sequence[str], shapes: Mapping[str, Any]) -> 
         chosen |= dict.fromkeys(modules)
     if not chosen:
         raise UserError(f"{where}: no layers; name some")
+    if lora.kind == "locon" and not any(forms.has_kernel(shapes[module]) for module in chosen):
+        raise UserError(
+            f"{lora.group.name}.type: locon differs from lora in convolutions over several pixels, "
+            f"and {where} has none; use lora"
+        )
     return {
         module: [_adapter(lora, tuple(shapes[module]))] for module in shapes if module in chosen
     }
@@ -98,7 +169,34 @@ def choose(lora: LoraGroup, names: Sequence[str], shapes: Mapping[str, Any]) -> 
 
 def _adapter(lora: LoraGroup, shape: tuple[int, ...]) -> Adapter:
     rank = int(lora.rank) if lora.rank >= 1 else max(round(shape[0] * lora.rank), 1)
-    return Adapter(lora.group.name, shape, rank, lora.alpha, lora.dropout)
+    kind = lora.kind
+    if kind == "locon" and not forms.has_kernel(shape):
+        kind = "lora"
+    return Adapter(
+        lora.group.name,
+        shape,
+        rank,
+        lora.alpha,
+        lora.dropout,
+        kind,
+        lora.rank_dropout,
+        lora.factor,
+    )
+
+
+def join(before: Sequence[Adapter], added: Sequence[Adapter], module: str) -> list[Adapter]:
+    """All LoRAs of a layer.
+
+    Raises:
+        UserError: one is of a kind of which a layer has no more than one.
+    """
+    every = [*before, *added]
+    if len(every) > 1 and (other := [one.kind for one in every if one.kind != "lora"]):
+        raise UserError(
+            f"{added[0].group}: {module} has an adapter of {before[0].group} already, and only "
+            f"those of `type: lora` add up, {other[0]} does not; choose other layers"
+        )
+    return every
 
 
 def _named(adapters: Adapters) -> Iterator[tuple[str, Adapter]]:
@@ -112,49 +210,68 @@ def labels(adapters: Adapters) -> dict[str, str]:
     return {
         f"{name}.{factor}": adapter.group
         for name, adapter in _named(adapters)
-        for factor in ("down", "up")
+        for factor in adapter.shapes
     }
 
 
 def dropout_keys(adapters: Adapters) -> list[str]:
     """Names of the keys that say what is dropped; a new one for each is wanted in every step."""
-    return [f"{name}.key" for name, adapter in _named(adapters) if adapter.dropout]
+    return [
+        f"{name}.key"
+        for name, adapter in _named(adapters)
+        if adapter.dropout or adapter.rank_dropout
+    ]
 
 
 def attach(network: Any, adapters: Adapters) -> Any:
     """The network (as built, without weights) with LoRAs beside its layers."""
     for module, own in adapters.items():
-        made = [layers.LowRank(a.shape, a.rank, a.scale, a.dropout) for a in own]
-        layers.adapt(network, module, made)
+        made = [forms.Adapter(a.kind, a.shapes, a.scale, a.dropout, a.rank_dropout) for a in own]
+        forms.adapt(network, module, made)
     return network
 
 
-def init(adapters: Adapters, seed: int) -> dict[str, np.ndarray]:
-    """Factors before step 1, float32: `up` is zero, `down` is uniform in ±1/√(inputs of a row).
-
-    He et al. 2015 with a = √5, as `torch.nn.Linear` and HCP-Diffusion have it. Each is drawn from
-    the seed and its name.
-    """
+def init(
+    adapters: Adapters, seed: int, weights: Mapping[str, Any] | None = None
+) -> dict[str, np.ndarray]:
+    """Factors before step 1, float32: those that change nothing. Each is drawn from the seed and
+    its name; what `dora` begins with are norms of the network's weights."""
     made = {}
     for name, adapter in _named(adapters):
-        outputs, *inputs = adapter.shape
-        bound = 1 / math.sqrt(math.prod(inputs))
-        random = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        down = random.uniform(-bound, bound, (adapter.rank, *inputs))
-        made[f"{name}.down"] = down.astype(np.float32)
-        made[f"{name}.up"] = np.zeros(
-            (outputs, adapter.rank, *(1,) * (len(inputs) - 1)), np.float32
-        )
+        for factor, shape in adapter.shapes.items():
+            full = f"{name}.{factor}"
+            random = np.random.default_rng([seed, zlib.crc32(_stream(name, factor).encode())])
+            if factor == "dora_scale":
+                assert weights is not None
+                host = np.asarray(weights[f"{name.rpartition('.lora.')[0]}.weight"], np.float32)
+                axes = tuple(axis for axis, size in enumerate(shape) if size == 1)
+                made[full] = np.sqrt(np.sum(host**2, axis=axes, keepdims=True))
+            elif factor in UNIFORM:
+                bound = 1 / math.sqrt(math.prod(shape[1:]))
+                made[full] = random.uniform(-bound, bound, shape).astype(np.float32)
+            elif factor in NORMAL:
+                made[full] = random.normal(0, NORMAL[factor], shape).astype(np.float32)
+            else:
+                made[full] = np.zeros(shape, np.float32)
     return made
 
 
-def result(adapters: Adapters, factors: Mapping[str, Any]) -> dict[str, LowRank]:
+def _stream(name: str, factor: str) -> str:
+    """What a factor's numbers are drawn from: `down` from the adapter's name, as it always was."""
+    return name if factor == "down" else f"{name}.{factor}"
+
+
+def result(adapters: Adapters, factors: Mapping[str, Any]) -> dict[str, LowRank | Change]:
     """What was trained as a network's LoRA: module -> factors.
 
     Several LoRAs of one layer become one whose rank is the sum of theirs.
     """
-    lora = {}
+    lora: dict[str, LowRank | Change] = {}
     for module, own in adapters.items():
+        if own[0].kind != "lora":
+            named = {name: np.asarray(factors[f"{module}.lora.0.{name}"]) for name in own[0].shapes}
+            lora[module] = Change(own[0].kind, named, own[0].alpha)
+            continue
         rank = sum(adapter.rank for adapter in own)
         downs, ups = (
             [np.asarray(factors[f"{module}.lora.{n}.{which}"]) for n in range(len(own))]
