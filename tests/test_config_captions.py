@@ -108,7 +108,7 @@ def test_caption_lines_and_word_names_reach_the_source(load, tmp_path):
         source.index(**datasets._source_options(load(text)))
     first = source.index(**datasets._source_options(load(f"{text}\n        caption_lines: first")))
     assert first.records[0].captions == ("one",)
-    lists = f"text_transforms: [{{{FILL}{{pt1: [a, b]}}}}]"
+    lists = f"text_transforms: [{{{FILL}{{pt1: [a, b, c]}}}}]"
     with pytest.raises(UserError, match=r"word_names\.pt1"):
         source.index(**datasets._source_options(load(lists)))
 

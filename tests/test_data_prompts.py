@@ -237,7 +237,7 @@ def test_weighted_text_comes_through_everything(tags, pick):
         (lambda: transforms.tag_shuffle(keep_separator=""), "keep_separator"),
         (lambda: prompts.recipe([], {}, [transforms.TemplateFill()] * 2), "TemplateFill"),
         (
-            lambda: prompts.recipe([], {}, [transforms.TemplateFill({"a": ["b", "c"]})]),
+            lambda: prompts.recipe([], {}, [transforms.TemplateFill({"a": ["b", "c", "d"]})]),
             "word_names",
         ),
     ],

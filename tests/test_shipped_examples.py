@@ -43,6 +43,7 @@ def test_an_example_is_planned(planned, name):
     text = plan.describe(made)
     parts = ("unet", "text_encoder", "lora_unet", "lora_text_encoder")
     wanted = {f"{part}.{group}" for part in parts for group in made.config[part]}
+    wanted |= {f"tokenizer_pt.train.{word}" for word in made.config.tokenizer_pt.train}
     used = {label for labels in made.selection.labels.values() for label in labels.values()}
     assert used == wanted
     assert all(group in text for group in wanted)
