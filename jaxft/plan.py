@@ -13,9 +13,19 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxft import averaging, cli, compat, gallery, loss_options, params, report, selection, words
+from jaxft import (
+    averaging,
+    cli,
+    compat,
+    datasets,
+    gallery,
+    loss_options,
+    params,
+    report,
+    selection,
+    words,
+)
 from jaxft import config as configs
-from jaxft import datasets as datasets_of
 from jaxft import mesh as meshes
 from jaxft.config import Config
 from jaxft.data import captions, source
@@ -90,13 +100,13 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
         config.tokenizer_pt, model, factor=factors[train.scale_lr_pt], seed=config.seed
     )
     selected = selection.select(config, model, factors[train.scale_lr], vocabulary.groups)
-    datasets, told = datasets_of.read(config, model, vocabulary, mesh.size)
-    words.check_said(vocabulary, datasets)
+    sets, told = datasets.read(config, model, vocabulary, mesh.size)
+    words.check_said(vocabulary, sets)
     judged = loss_options.from_config(train, noising)
-    datasets_of.check_guidance(judged, datasets)
-    datasets_of.check_latent_caches(config, datasets)
-    datasets_of.check_text_caches(config, selected.labels, datasets)
-    total_steps = _total_steps(train, datasets[0].num_batches)
+    datasets.check_guidance(judged, sets)
+    datasets.check_latent_caches(config, sets)
+    datasets.check_text_caches(config, selected.labels, sets)
+    total_steps = _total_steps(train, sets[0].num_batches)
     rates, transforms = _transforms(train, selected.groups, total_steps)
     return Plan(
         config,
@@ -109,10 +119,28 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
         rates,
         optimizers.grouped(selected.labels, transforms, train.max_grad_norm),
         averaging.from_config(config, total_steps),
-        datasets,
+        sets,
         total_steps,
-        [*notices, *opened, *vocabulary.notices, *selected.notices, *told],
+        [
+            *notices,
+            *opened,
+            *vocabulary.notices,
+            *selected.notices,
+            *_not_written(config, selected),
+            *told,
+        ],
     )
+
+
+def _not_written(config: Config, selected: Selection) -> list[str]:
+    """A notice of exports that a run which trains words alone has none of."""
+    if selected.labels.keys() != {words.PART}:
+        return []
+    wanted = [name for name in ("webui", "diffusers") if (config.export or {}).get(name)]
+    return [
+        f"export.{name}: not written: words alone are trained, the model stays as it was"
+        for name in wanted
+    ]
 
 
 def _check_counts(config: Config) -> None:

@@ -96,11 +96,11 @@ def parts_of(plan: Plan, trained: Trained, average: Trained) -> dict[str, Kinds]
     return files
 
 
-Words = dict[str, tuple[np.ndarray, Sequence[int]]]
+Learned = dict[str, tuple[np.ndarray, Sequence[int]]]
 """Word -> its rows, and the widths of the model's text encoders."""
 
 
-def words_of(plan: Plan, trained: Trained) -> Words:
+def words_of(plan: Plan, trained: Trained) -> Learned:
     """The words that were trained."""
     widths = embeddings.widths(plan.model.configs)
     return {word: (rows, widths) for word, rows in trained.get(words.PART, {}).items()}
@@ -115,7 +115,7 @@ class Parts:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="parts")
         self._writing: Future[None] | None = None
 
-    def write(self, step: int, files: Mapping[str, Kinds], learned: Words) -> None:
+    def write(self, step: int, files: Mapping[str, Kinds], learned: Learned) -> None:
         """Starts to write `<file or word>-<step>.safetensors`; waits for those before."""
         self._wait()
 

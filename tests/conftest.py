@@ -165,3 +165,17 @@ def folders(tmp_path_factory):
         return made[kind]
 
     return make
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes a file below the working directory, which is a fresh folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def to(name: str, text: str) -> str:
+        path = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return name
+
+    return to

@@ -1,6 +1,5 @@
 """Whole configurations: the guide's, HCP-Diffusion's style, the shipped ones, `cfg.yaml`."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,20 +155,6 @@ data:
             - _target_: hcpdiff.utils.caption_tools.TemplateFill
               word_names: ${....word_names}
 """
-
-
-@pytest.fixture
-def write(tmp_path, monkeypatch):
-    """Writes a file below the working directory, which is a fresh folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def to(name: str, text: str) -> str:
-        path = Path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        return name
-
-    return to
 
 
 def load(path: str, *overrides: str, schema: str = "train") -> config.Config:

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from jaxft import compat, config
 from jaxft.errors import UserError
 from jaxft.tuning import ema
-from tests.test_config_files import write  # noqa: F401  the fixture
 
 
 def hcps(update: int, decay_max: float, inv_gamma: float, power: float, start: int) -> float:
@@ -54,7 +53,7 @@ def test_a_fixed_decay_needs_no_power():
         ("decay: 0.9", "model.ema.decay: unknown option; did you mean decay_max?"),
     ],
 )
-def test_options_without_meaning(write, options, says):  # noqa: F811
+def test_options_without_meaning(write, options, says):
     path = write(
         "own.yaml",
         f"model: {{pretrained_model_name_or_path: m, ema: {{_target_: ModelEMA, {options}}}}}",
@@ -65,7 +64,7 @@ def test_options_without_meaning(write, options, says):  # noqa: F811
     assert says in str(error.value)
 
 
-def test_older_spellings_are_one_average(write):  # noqa: F811
+def test_older_spellings_are_one_average(write):
     model = "{pretrained_model_name_or_path: m, ema_unet: 0.9995, ema_text_encoder: 0}"
     loaded, notices = config.load(write("own.yaml", f"model: {model}"))
     made = compat.build(loaded.model.ema, "average", "model.ema")

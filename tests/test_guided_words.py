@@ -18,7 +18,7 @@ from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder
 from jaxft.tuning import optimizers
 from tests.data_fixtures import photo_folder
-from tests.test_step import SCALING, Setup
+from tests.test_step import Setup
 
 PAIRS = "configs/train/examples/DreamArtist.yaml"
 BESIDE = "configs/train/examples/CustomDiffusion.yaml"
@@ -69,14 +69,7 @@ def test_the_guided_loss_is_that_of_pytorchs_predictions():
         setup.trainable, setup.frozen, batch
     )
 
-    def tensor(x):
-        return torch.tensor(np.asarray(x).transpose(0, 3, 1, 2).copy())
-
-    draws = step.draw(setup.key, (4, 4, 6, 4), 1000)
-    mean, log_variance = tensor(batch["moments"]).chunk(2, dim=1)
-    latents = (mean + torch.exp(0.5 * log_variance) * tensor(draws.latent_noise)) * SCALING
-    noise, times = tensor(draws.noise), torch.tensor(np.asarray(draws.timesteps)).long()
-    noisy = setup.noising.add_noise(latents, noise, times)
+    _, noise, times, noisy = setup.noised(batch, step.draw(setup.key, (4, 4, 6, 4), 1000))
     with torch.no_grad():
         predicted = [
             setup.unet(noisy, times, setup.text(torch.tensor(ids[:, 0]).long())[0]).sample.numpy()

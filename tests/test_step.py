@@ -103,6 +103,18 @@ class Setup:
     def put(self, mesh, batch):
         return jax.device_put(batch, meshes.batch_sharding(mesh))
 
+    def noised(self, batch, draws) -> tuple[torch.Tensor, ...]:
+        """In PyTorch, by diffusers' scheduler: latents, noise, timesteps, noisy latents."""
+
+        def tensor(x):
+            return torch.tensor(np.asarray(x).transpose(0, 3, 1, 2).copy())
+
+        mean, log_variance = tensor(batch["moments"]).chunk(2, dim=1)
+        latents = (mean + torch.exp(0.5 * log_variance) * tensor(draws.latent_noise)) * SCALING
+        times = torch.tensor(np.asarray(draws.timesteps)).long()
+        noisy = self.noising.add_noise(latents, tensor(draws.added_noise), times)
+        return latents, tensor(draws.noise), times, noisy
+
 
 def one_device():
     return meshes.make(devices=jax.devices()[:1])
@@ -111,13 +123,7 @@ def one_device():
 def torch_step(setup: Setup, optimizer, batch, draws) -> float:
     """diffusers' training loop, one step, fed the same draws."""
 
-    def tensor(x):
-        return torch.tensor(np.asarray(x).transpose(0, 3, 1, 2).copy())
-
-    mean, log_variance = tensor(batch["moments"]).chunk(2, dim=1)
-    latents = (mean + torch.exp(0.5 * log_variance) * tensor(draws.latent_noise)) * SCALING
-    noise, times = tensor(draws.noise), torch.tensor(np.asarray(draws.timesteps)).long()
-    noisy = setup.noising.add_noise(latents, noise, times)
+    latents, noise, times, noisy = setup.noised(batch, draws)
     states = setup.text(torch.tensor(batch["input_ids"][:, 0]).long()).last_hidden_state
     predicted = setup.unet(noisy, times, states).sample
     is_v = setup.noising.config.prediction_type == "v_prediction"
@@ -253,18 +259,12 @@ def test_a_weighted_error_at_drawn_timesteps_and_noise_is_pytorchs():
     run = jax.jit(lambda *args: step.loss(objective, *args))
     ours = run(setup.trainable, setup.frozen, batch, setup.key)
 
-    def tensor(x):
-        return torch.tensor(np.asarray(x).transpose(0, 3, 1, 2).copy())
-
     draws = step.draw(setup.key, (4, 4, 6, 4), 1000, how)
-    mean, log_variance = tensor(batch["moments"]).chunk(2, dim=1)
-    latents = (mean + torch.exp(0.5 * log_variance) * tensor(draws.latent_noise)) * SCALING
-    times = torch.tensor(np.asarray(draws.timesteps)).long()
-    noisy = setup.noising.add_noise(latents, tensor(draws.added_noise), times)
+    latents, noise, times, noisy = setup.noised(batch, draws)
     states = setup.text(torch.tensor(batch["input_ids"][:, 0]).long()).last_hidden_state
     with torch.no_grad():
         predicted = setup.unet(noisy, times, states).sample
-    wanted = setup.noising.get_velocity(latents, tensor(draws.noise), times)
+    wanted = setup.noising.get_velocity(latents, noise, times)
     errors = torch.nn.functional.huber_loss(predicted, wanted, reduction="none", delta=0.5)
     snr = setup.noising.alphas_cumprod[times] / (1 - setup.noising.alphas_cumprod[times])
     each = errors.mean((1, 2, 3)) * torch.clamp(snr, max=5.0) / (snr + 1)
@@ -284,14 +284,7 @@ def test_a_teacher_is_the_model_as_it_began():
 
     assert run(setup.trainable) < 1e-10  # nothing to learn yet
 
-    def tensor(x):
-        return torch.tensor(np.asarray(x).transpose(0, 3, 1, 2).copy())
-
-    draws = step.draw(setup.key, (4, 4, 6, 4), 1000)
-    mean, log_variance = tensor(batch["moments"]).chunk(2, dim=1)
-    latents = (mean + torch.exp(0.5 * log_variance) * tensor(draws.latent_noise)) * SCALING
-    times = torch.tensor(np.asarray(draws.timesteps)).long()
-    noisy = setup.noising.add_noise(latents, tensor(draws.noise), times)
+    _, _, times, noisy = setup.noised(batch, step.draw(setup.key, (4, 4, 6, 4), 1000))
     ids = torch.tensor(batch["input_ids"][:, 0]).long()
 
     def predict() -> torch.Tensor:

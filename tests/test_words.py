@@ -18,7 +18,7 @@ from jaxft.diffusion.conditioning import TOKEN_TABLE
 from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder, embeddings
 from tests.data_fixtures import photo_folder
-from tests.test_step import SCALING, TEXT, Setup
+from tests.test_step import TEXT, Setup
 
 STEPS = 4
 EXAMPLE = "configs/train/examples/textual_inversion.yaml"
@@ -69,14 +69,7 @@ def test_the_gradient_of_the_rows_is_pytorchs_and_no_table_is_formed():
     bigger.weight = torch.nn.Parameter(torch.tensor(joined))
     setup.text.set_input_embeddings(bigger)
 
-    def tensor(x):
-        return torch.tensor(np.asarray(x).transpose(0, 3, 1, 2).copy())
-
-    draws = step.draw(setup.key, (4, 4, 6, 4), 1000)
-    mean, log_variance = tensor(batch["moments"]).chunk(2, dim=1)
-    latents = (mean + torch.exp(0.5 * log_variance) * tensor(draws.latent_noise)) * SCALING
-    noise, times = tensor(draws.noise), torch.tensor(np.asarray(draws.timesteps)).long()
-    noisy = setup.noising.add_noise(latents, noise, times)
+    _, noise, times, noisy = setup.noised(batch, step.draw(setup.key, (4, 4, 6, 4), 1000))
     states = setup.text(torch.tensor(np.asarray(batch["input_ids"])[:, 0]).long()).last_hidden_state
     predicted = setup.unet(noisy, times, states).sample
     torch.nn.functional.mse_loss(predicted, noise).backward()
@@ -157,6 +150,7 @@ def test_diffusers_loads_the_word(run, tiny_pipeline, nano_model):
 
 def test_the_plan_tells_the_word_and_the_loss_is_logged_with_its_rate(run):
     text = (run / "plan.txt").read_text()
+    assert "export.webui: not written: words alone are trained" in text
     assert "64 weights in the word 'pt-catgirl1' (4 rows), rate 0.05" in text
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert any("tokenizer_pt.train.0" in json.dumps(line) for line in lines)
