@@ -80,7 +80,7 @@ def kind(data: bytes) -> Kind:
         found = "JPEG" if image.format == "MPO" else str(image.format)
         try:
             frames = image.format != "MPO" and getattr(image, "is_animated", False)
-        except Exception:  # what is behind the first frame is damaged
+        except Exception:  # parsers raise anything; what is behind the first frame is damaged
             frames = True
         try:
             if found == "PNG":
