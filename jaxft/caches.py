@@ -85,7 +85,7 @@ def _moments(made: Plan, by_folder: Folders, say: Any, stopped: Any) -> Stores:
     stores: Stores = {}
     for folder, datasets in by_folder.items():
         store = latents.cache(
-            [wanted for dataset in datasets for wanted in dataset.wanted],
+            (wanted for dataset in datasets for wanted in dataset.wanted),
             lambda pixels: np.asarray(compute(on_devices(), jax.device_put(pixels, where))),
             batch_size=made.mesh.size,
             workers=workers,
