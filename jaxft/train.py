@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     )
     overrides = list(args.overrides)
     if args.resume:
-        overrides.append(f"train.resume={json.dumps(args.resume)}")
+        overrides.append(f"train.resume.run={json.dumps(args.resume)}")
     file = args.config or (args.resume and str(Path(args.resume) / "cfg.yaml"))
     if not file:
         raise UserError("name a configuration, --config FILE, or a run to go on with, --resume RUN")

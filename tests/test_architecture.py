@@ -16,10 +16,10 @@ LAYERS = (
     {"lycoris", "origins", "report"},
     {"low_rank"},
     {"diffusion", "foreign", "formats", "tuning"},
-    {"compat", "config", "selection", "step"},
-    {"averaging", "loss_options", "words"},
+    {"compat", "config", "merging", "selection", "step"},
+    {"averaging", "loss_options", "warm_start", "words"},
     {"datasets"},
-    {"compiled", "explain", "inspection", "merging", "pickled", "plan", "start", "verify"},
+    {"compiled", "explain", "inspection", "pickled", "plan", "start", "verify"},
     {"caches", "records"},
     {"convert", "sample", "train"},
 )
