@@ -207,16 +207,17 @@ def _take_resume(tree: dict[str, Any], problems: list[Problem]) -> None:
     and of `train.resume.run`, which can stand beside it, `train.resume`."""
     for path, files, _ in _pop(tree, RESUME, ()):
         own = tree["train"]["warm_start"]
-        for kind, value in files.items() if isinstance(files, dict) else ():
+        if not isinstance(own, dict) or not isinstance(files, dict):
+            continue
+        for kind, value in files.items():
             if kind not in own:
                 problems.append(((*path, kind), f"unknown key; known here: {', '.join(own)}"))
             elif value and own[kind]:
                 problems.append(((*path, kind), f"train.warm_start.{kind} is given too; keep one"))
             elif value:
                 own[kind] = _files(value, (*path, kind), problems) if kind != "words" else value
-    train = tree.get("train")
-    if train and isinstance(train.get("resume"), dict) and train["resume"].keys() == {"run"}:
-        train["resume"] = train["resume"]["run"]
+    for _, run, _ in _pop(tree, ("train", "resume", "run"), ()):
+        tree["train"].setdefault("resume", run)
 
 
 def _files(value: Any, path: Path, problems: list[Problem]) -> Any:
