@@ -91,7 +91,7 @@ class Dataset:
         return [
             (view, size)
             for record, size in zip(self.records, self.sizes, strict=True)
-            for view in source.views(record)
+            for view in source.views(record, size)
         ]
 
     @property
