@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 
 LAYERS = (
     {"errors", "shapes"},
-    {"builtin", "tensor_file"},
+    {"builtin", "hosts", "tensor_file"},
     {"arithmetic", "checkpoint", "cli", "compile_cache", "gallery", "lock", "log", "mesh"}
     | {"params", "patterns", "schema", "signals", "data", "models"},
     {"lycoris", "origins", "report"},
@@ -20,7 +20,7 @@ LAYERS = (
     {"averaging", "loss_options", "warm_start", "words"},
     {"datasets"},
     {"compiled", "explain", "inspection", "pickled", "plan", "start", "verify"},
-    {"caches", "records"},
+    {"assembly", "caches", "records"},
     {"convert", "sample", "train"},
 )
 """Modules and packages, from the bottom: imports point down, or stay within a package."""
