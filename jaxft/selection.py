@@ -31,6 +31,8 @@ class Selection(NamedTuple):
     adapters: dict[str, Adapters]
     """Network -> its LoRAs."""
     notices: list[str]
+    begun: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+    """`lora_<network>` -> factors that do not begin at nothing."""
 
 
 def select(
@@ -150,7 +152,8 @@ def initial(selection: Selection, model: Model, seed: int) -> dict[str, dict[str
             chosen = {name: weights[name] for name in weights if name in own}
             trained[network] = params.cast(chosen, np.float32)
     for network, own in selection.adapters.items():
-        trained[f"lora_{network}"] = loras.init(own, seed, model.parts[network].params)
+        factors = loras.init(own, seed, model.parts[network].params)
+        trained[f"lora_{network}"] = factors | dict(selection.begun.get(f"lora_{network}", {}))
     return trained
 
 

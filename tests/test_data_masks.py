@@ -8,7 +8,7 @@ import random_model
 import torch
 from PIL import Image
 
-from jaxft import train
+from jaxft import assembly
 from jaxft.data import batches, buckets, latents, loader, masks, source
 from jaxft.data.images import CENTRE, View
 from jaxft.data.tokens import Tokenizer
@@ -106,7 +106,7 @@ def test_a_batch_has_the_masks_of_its_images_cached_or_not(folder):
     )
     cached = loader.Dataset("a", records, shaped, plan, [Tokenizer(folder)], moments=store)
     for one in (data, cached):
-        (expected,) = train._one_of_each_shape(one)
+        (expected,) = assembly.one_of_each_shape(one)
         got = {name: (value.shape, value.dtype) for name, value in one.batch(0).items()}
         assert got == {name: (value.shape, value.dtype) for name, value in expected.items()}
     sides = set()

@@ -29,6 +29,12 @@ Batch = dict[str, np.ndarray]
 `negative_input_ids` (and `negative_input_ids_2`)."""
 
 
+Rows = slice | np.ndarray
+"""Some rows of a batch."""
+
+ALL = slice(None)
+
+
 class Shape(NamedTuple):
     """A bucket: its size (width, height), and its images and batches in an epoch."""
 
@@ -141,7 +147,7 @@ class Dataset:
                 names.append(record.path.name)
         return names
 
-    def batch(self, n: int, rows: slice = slice(None)) -> Batch:
+    def batch(self, n: int, rows: Rows = ALL) -> Batch:
         """Batch n, or some rows of it (the share of one process among several).
 
         Raises:
@@ -223,7 +229,7 @@ class _Endless:
     """The batches of a data set, epoch after epoch, as grain asks for them."""
 
     dataset: Dataset
-    rows: slice
+    rows: Rows
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -233,7 +239,7 @@ class _Endless:
 
 
 def open(
-    dataset: Dataset, start: int = 0, *, workers: int = 4, rows: slice = slice(None)
+    dataset: Dataset, start: int = 0, *, workers: int = 4, rows: Rows = ALL
 ) -> grain.DatasetIterator[Batch]:
     """Batches start, start + 1, … without end, made ahead in `workers` threads (0: none).
 
