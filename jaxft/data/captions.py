@@ -21,6 +21,8 @@ FILES = frozenset(TEXT_SUFFIXES).union(*(suffixes for suffixes, _ in READERS.val
 RECIPE = 1
 """To be raised when a text file is read in another way: what was read before is kept."""
 
+_SUFFIXES = tuple(FILES)
+
 MAX_CHARACTERS = 20_000
 """Of one caption: more is another kind of file, and costs seconds in every batch."""
 
@@ -131,7 +133,9 @@ def _caption_files(folder: Path) -> list[str]:
         return sorted(
             entry.name
             for entry in entries
-            if not entry.name.startswith(".") and _form(entry.name) and _is_file(entry)
+            if entry.name.casefold().endswith(_SUFFIXES)
+            and not entry.name.startswith(".")
+            and _is_file(entry)
         )
 
 

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ class Index:
         read: Callable[[int], Any],
         *,
         title: str,
-    ) -> Iterator[Any]:
+    ) -> Generator[Any, None, None]:
         """The fact of each file in order, or the `UserError` that says why there is none.
 
         Args:

@@ -1,6 +1,7 @@
 """What the files of images and masks hold, found by decoding each once; and what is told of it."""
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,7 +85,7 @@ class Surprises:
 
     def note(self, name: str, look: Look) -> None:
         """Looks at one image that is used."""
-        if Path(name).suffix.casefold() not in images.FORMATS[look.format]:
+        if os.path.splitext(name)[1].casefold() not in images.FORMATS[look.format]:
             self._misnamed.append(f"{shown(name)} ({look.format})")
         if look.frames:
             self._several.append(name)

@@ -108,11 +108,14 @@ def _look(
     problems, known, surprises = [], [], looks.Surprises()
     images_of = looks.at_images(found, kept, known)
     masks_of = looks.at_masks(mask_root, covers, kept)
-    for place, (name, look, mask) in enumerate(zip(found.names, images_of, masks_of, strict=True)):
+    for place, (name, *files_of) in enumerate(zip(found.names, images_of, masks_of, strict=True)):
         cover = covers[place] or ""
-        if problem := _problem(look, mask, cover):
-            problems.append(f"{shown(name)}: {problem}")
-        elif min(look.size) < min_size:
+        try:
+            look, mask = _usable(*files_of, cover)
+        except UserError as error:
+            problems.append(f"{shown(name)}: {error}")
+            continue
+        if min(look.size) < min_size:
             surprises.leave_out(name)
         else:
             surprises.note(name, look)
@@ -133,17 +136,17 @@ def _masks(
     return masks.find(mask_root, names, recursive=recursive)
 
 
-def _problem(
+def _usable(
     look: looks.Look | UserError, mask: masks.Look | UserError | None, cover: str
-) -> UserError | str:
-    """Why an image or its mask cannot be used; '' if nothing is wrong."""
+) -> tuple[looks.Look, masks.Look | None]:
+    """An image and its mask; raises UserError where one of them cannot be used."""
     if isinstance(look, UserError):
-        return look
+        raise look
     if isinstance(mask, UserError):
-        return f"its mask {shown(cover)}: {mask}"
+        raise UserError(f"its mask {shown(cover)}: {mask}")
     if mask and (misfit := masks.misfit(mask, look.size)):
-        return f"its mask {shown(cover)}: {misfit}"
-    return ""
+        raise UserError(f"its mask {shown(cover)}: {misfit}")
+    return look, mask
 
 
 def _check_usable(img_root: str | Path, problems: list[str]) -> None:
