@@ -108,10 +108,10 @@ def _look(
     problems, known, surprises = [], [], looks.Surprises()
     images_of = looks.at_images(found, kept, known)
     masks_of = looks.at_masks(mask_root, covers, kept)
-    for place, (name, *files_of) in enumerate(zip(found.names, images_of, masks_of, strict=True)):
+    for place, (name, seen, over) in enumerate(zip(found.names, images_of, masks_of, strict=True)):
         cover = covers[place] or ""
         try:
-            look, mask = _usable(*files_of, cover)
+            look, mask = _usable(seen, over, cover)
         except UserError as error:
             problems.append(f"{shown(name)}: {error}")
             continue
