@@ -52,13 +52,13 @@ def select(
         UserError: nothing is trained, a pattern matches nothing, or a group trains nothing.
     """
     full = [
-        Group(f"{network}.{name}", network, group["layers"], group["lr"] * factor)
+        _group(f"{network}.{name}", network, group, factor)
         for network in NETWORKS
         for name, group in config[network].items()
     ]
     low = [
         LoraGroup(
-            Group(f"lora_{network}.{name}", network, group["layers"], group["lr"] * factor),
+            _group(f"lora_{network}.{name}", network, group, factor),
             group["rank"],
             group["alpha"],
             group["dropout"],
@@ -86,6 +86,10 @@ def select(
     labels |= {"words": {word: group.name for word, group in words.items()}} if words else {}
     groups = [*full, *(lora.group for lora in low), *words.values()]
     return Selection(groups, labels, adapters, notices)
+
+
+def _group(name: str, network: str, node: Mapping[str, Any], factor: float) -> Group:
+    return Group(name, network, node["layers"], node["lr"] * factor, {**node["optimizer"]})
 
 
 def _idle(model: Model, clip_skip: int, final_norm: bool) -> set[str]:
@@ -141,14 +145,17 @@ def _adapters(
     return found
 
 
-def initial(selection: Selection, model: Model, seed: int) -> dict[str, dict[str, Any]]:
-    """What is trained as it is before step 1, float32, on the host."""
+def initial(
+    selection: Selection, model: Model, seed: int, dtype: Any = np.float32
+) -> dict[str, dict[str, Any]]:
+    """What is trained as it is before step 1, on the host; `dtype`: of layers, not of LoRAs, which
+    are float32."""
     trained: dict[str, dict[str, Any]] = {}
     for network, own in selection.labels.items():
         if network in model.parts:
             weights = model.parts[network].params
             chosen = {name: weights[name] for name in weights if name in own}
-            trained[network] = params.cast(chosen, np.float32)
+            trained[network] = params.cast(chosen, dtype)
     for network, own in selection.adapters.items():
         trained[f"lora_{network}"] = loras.init(own, seed, model.parts[network].params)
     return trained

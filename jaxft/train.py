@@ -36,7 +36,7 @@ from jaxft.params import abstract
 from jaxft.plan import Plan
 from jaxft.records import Numbers, Parts, export, lasting, parts_of, words_of
 from jaxft.signals import Stop
-from jaxft.step import Objective, TrainState, Weights
+from jaxft.step import Objective, TrainState, Weights, result
 from jaxft.tuning import adapters
 
 UNSAVED = {
@@ -224,7 +224,8 @@ def _to_devices(plan: Plan) -> Run:
 
 def _initial(plan: Plan) -> dict[str, Any]:
     """What is trained as it is before the first step, on the host."""
-    trainable = selection.initial(plan.selection, plan.model, plan.config.seed)
+    dtype = params.DTYPES[plan.config.train.weights_dtype]
+    trainable = selection.initial(plan.selection, plan.model, plan.config.seed, dtype)
     return trainable | ({words.PART: plan.words.trained} if plan.words.groups else {})
 
 
@@ -325,14 +326,14 @@ def _loop(
             if last or step % every == 0:
                 numbers.flush()
                 checkpoints.save(step, state, {"data": data})
-                trained, average = jax.device_get((state.trainable, state.average))
+                trained, average = jax.device_get((result(state), state.average))
                 parts.write(step, parts_of(plan, trained, average), words_of(plan, trained))
             if last:
                 break
     if stop.requested:
         log.message(f"stopped; go on with: python -m jaxft.train --resume {folder}")
         return 128 + stop.requested
-    trained, average = jax.device_get((state.trainable, state.average))
+    trained, average = jax.device_get((result(state), state.average))
     for path in export(plan, trained, average, folder):
         log.message(f"wrote     {path}")
     return 0

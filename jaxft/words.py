@@ -98,7 +98,7 @@ def read(options: Config, model: Model, *, factor: float = 1.0, seed: int = 0) -
                 f"{where}.n_word: {name}.safetensors in {options.emb_dir} has {len(rows[name])} "
                 "rows; leave n_word out, or give init_text"
             )
-        groups[name] = Group(where, PART, (name,), entry.lr * factor)
+        groups[name] = Group(where, PART, (name,), entry.lr * factor, {**entry.optimizer})
     return Words(rows, groups, notices)
 
 

@@ -196,7 +196,7 @@ def tiny(rng, family=SD1) -> Model:
 def groups(clip_skip: int = 0, **chosen: Any) -> dict[str, Any]:
     """The groups of a configuration: section -> patterns, or (patterns, options)."""
     options = {"lr": 1e-3, "rank": RANK, "alpha": ALPHA, "dropout": 0.0}
-    options |= {"rank_dropout": 0.0, "type": "lora", "factor": -1}
+    options |= {"rank_dropout": 0.0, "type": "lora", "factor": -1, "optimizer": {}}
     tree: dict[str, Any] = {name: {} for name in ("unet", "text_encoder", "lora_unet")}
     tree["lora_text_encoder"] = {}
     for section, items in chosen.items():

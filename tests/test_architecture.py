@@ -18,7 +18,7 @@ LAYERS = (
     {"diffusion", "foreign", "formats", "tuning"},
     {"compat", "config", "selection", "step"},
     {"averaging", "loss_options", "words"},
-    {"datasets"},
+    {"datasets", "optimization"},
     {"compiled", "explain", "inspection", "merging", "pickled", "plan", "start", "verify"},
     {"caches", "records"},
     {"convert", "sample", "train"},

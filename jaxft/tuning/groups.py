@@ -1,7 +1,8 @@
 """Groups of layers with a rate each: from patterns to one label for every trained weight."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from jaxft import patterns
 from jaxft.errors import UserError
@@ -16,6 +17,8 @@ class Group(NamedTuple):
     layers: Sequence[str]
     """Patterns; see `jaxft.patterns.match`."""
     lr: float
+    optimizer: Mapping[str, Any] = MappingProxyType({})
+    """Its own options of the optimizer; with `_target_`, of an optimizer of its own."""
 
 
 Labels = dict[str, dict[str, str]]
