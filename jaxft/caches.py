@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from jaxft import hosts, params
 from jaxft import mesh as meshes
-from jaxft import params
 from jaxft import plan as plans
 from jaxft import step as steps
 from jaxft.data import latents, text_states
@@ -74,8 +75,9 @@ Folders = Mapping[str | None, Sequence[Dataset]]
 def _moments(made: Plan, by_folder: Folders, say: Any, stopped: Any) -> Stores:
     config, weights = made.model.parts["vae"]
     graphdef, _ = abstract(lambda: AutoencoderKL(config))
-    where, workers = meshes.batch_sharding(made.mesh), max(made.config.train.workers, 1)
-    on_devices = _when_needed(made, {"vae": weights}, np.float32)
+    mesh, workers = meshes.local(made.mesh), max(made.config.train.workers, 1)
+    where = meshes.batch_sharding(mesh)
+    on_devices = _when_needed(mesh, {"vae": weights}, np.float32)
     compute = jax.jit(lambda w, pixels: steps.encode_pixels(graphdef, w["vae"], pixels))
     depends = {
         "recipe": latents.RECIPE,
@@ -84,15 +86,17 @@ def _moments(made: Plan, by_folder: Folders, say: Any, stopped: Any) -> Stores:
     }
     stores: Stores = {}
     for folder, datasets in by_folder.items():
-        store = latents.cache(
-            [wanted for dataset in datasets for wanted in dataset.wanted],
-            lambda pixels: np.asarray(compute(on_devices(), jax.device_put(pixels, where))),
-            batch_size=made.mesh.size,
-            workers=workers,
-            store=_store(folder, "latents", depends, workers=workers, say=say),
-            stopped=stopped,
-        )
-        stores |= {dataset.name: store for dataset in datasets}
+        wanted = [wanted for dataset in datasets for wanted in dataset.wanted]
+        for part in hosts.shares(wanted, kept_in_common=folder is not None):
+            store = latents.cache(
+                part,
+                lambda pixels: np.asarray(compute(on_devices(), jax.device_put(pixels, where))),
+                batch_size=mesh.size,
+                workers=workers,
+                store=_store(folder, "latents", depends, workers=workers, say=say),
+                stopped=stopped,
+            )
+            stores |= {dataset.name: store for dataset in datasets}
     return stores
 
 
@@ -101,8 +105,9 @@ def _texts(made: Plan, by_folder: Folders, say: Any, stopped: Any) -> Stores:
     parts = {name: made.model.parts[name] for name in family.text_encoders}
     dtype = np.dtype(plans.COMPUTE[config.mixed_precision])
     networks = {n: abstract(lambda n=n: family.networks[n](parts[n].config))[0] for n in parts}
-    where, workers = meshes.batch_sharding(made.mesh), max(config.train.workers, 1)
-    on_devices = _when_needed(made, {name: part.params for name, part in parts.items()}, dtype)
+    mesh, workers = meshes.local(made.mesh), max(config.train.workers, 1)
+    where = meshes.batch_sharding(mesh)
+    on_devices = _when_needed(mesh, {name: part.params for name, part in parts.items()}, dtype)
     clip_skip, final_norm = family.text_layer(config.model.clip_skip, config.model.clip_final_norm)
     depends = {
         "recipe": text_states.RECIPE,
@@ -131,25 +136,27 @@ def _texts(made: Plan, by_folder: Folders, say: Any, stopped: Any) -> Stores:
 
     stores: Stores = {}
     for folder, datasets in by_folder.items():
-        store = text_states.cache(
-            [ids for dataset in datasets for ids in dataset.wanted_texts],
-            encode,
-            names=datasets[0].text_names,
-            batch_size=PROMPTS_AT_ONCE * made.mesh.size,
-            store=_store(folder, "prompts", depends, workers=workers, say=say),
-            stopped=stopped,
-        )
-        stores |= {dataset.name: store for dataset in datasets}
+        wanted = [ids for dataset in datasets for ids in dataset.wanted_texts]
+        for part in hosts.shares(wanted, kept_in_common=folder is not None):
+            store = text_states.cache(
+                part,
+                encode,
+                names=datasets[0].text_names,
+                batch_size=PROMPTS_AT_ONCE * mesh.size,
+                store=_store(folder, "prompts", depends, workers=workers, say=say),
+                stopped=stopped,
+            )
+            stores |= {dataset.name: store for dataset in datasets}
     return stores
 
 
-def _when_needed(made: Plan, weights: Weights, dtype: Any) -> Callable[[], Weights]:
+def _when_needed(mesh: Mesh, weights: Weights, dtype: Any) -> Callable[[], Weights]:
     """Casts weights and puts them on the devices when they are asked for, once."""
 
     @functools.cache
     def put() -> Weights:
         cast = {name: params.cast(part, dtype) for name, part in weights.items()}
-        return jax.device_put(cast, meshes.shardings(made.mesh, cast))
+        return jax.device_put(cast, meshes.shardings(mesh, cast))
 
     return put
 

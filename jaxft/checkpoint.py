@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from jaxft import hosts
 from jaxft.errors import UserError
 
 FREE_SPACE = 1.2
@@ -50,7 +51,7 @@ class Checkpoints:
         self._saving: Future[None] | None = None
         self._current: int | None = None  # the step whose state the run last saved or restored
         self._verdicts: dict[int, str | None] = {}  # None: verified; else what is wrong with it
-        if jax.process_index() == 0:
+        if hosts.is_first():
             for temp in self._folder.glob("*.tmp"):
                 if re.fullmatch(r"[0-9]+\.tmp", temp.name):
                     shutil.rmtree(temp)
@@ -74,7 +75,7 @@ class Checkpoints:
         self._check_space(step, sum(leaf.nbytes for leaf in leaves.values()))
         temp = self._folder / f"{step}.tmp"
         try:
-            if jax.process_index() == 0:
+            if hosts.is_first():
                 temp.mkdir(parents=True)
                 for name, text in texts.items():
                     (temp / name).write_text(text)
@@ -97,8 +98,13 @@ class Checkpoints:
         """The newest step that is complete and intact, by number; None if there is none.
 
         Damaged and incomplete steps and foreign names are passed over, with a warning that names
-        them, and left where they are.
+        them, and left where they are. Of several processes the first looks, for all.
         """
+        found = self._latest() if hosts.is_first() else None
+        step = hosts.of_first(json.dumps(found))
+        return json.loads(step)
+
+    def _latest(self) -> int | None:
         steps, ignored = self._scan()
         for text in ignored:
             _log.warning("ignored: %s", text)
@@ -166,13 +172,13 @@ class Checkpoints:
         """In the background: waits for Orbax, hashes, flushes, renames, removes old steps."""
         try:
             self._orbax.wait_until_finished()
-            if jax.process_index() == 0:
+            if hosts.is_first():
                 self._commit(step, temp)
         except Exception as error:
             raise self._failure(step, error) from error
         self._current = step
         self._verdicts[step] = None
-        if jax.process_index() == 0:
+        if hosts.is_first():
             self._prune(step)
 
     def _commit(self, step: int, temp: Path) -> None:

@@ -16,10 +16,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
-from tqdm import tqdm
 
 from jaxft import mesh as meshes
 from jaxft import step as steps
+from jaxft.hosts import progress
 from jaxft.step import Objective, TrainState, Weights
 
 Batch = Mapping[str, Any]
@@ -107,7 +107,7 @@ class Programs:
                 name: pool.submit(function.lower(*args).compile)
                 for name, (function, args) in jobs.items()
             }
-            bar = tqdm(compiling.items(), "compiling", len(jobs), unit="program")
+            bar = progress(compiling.items(), "compiling", len(jobs), unit="program")
             self._compiled = {name: program.result() for name, program in bar}
 
     def step(

@@ -46,7 +46,9 @@ def _one_of(*harmless: Any) -> Callable[[Any, Mapping[str, Any]], bool]:
 
 _NOTHING = _one_of(None, [], {}, 0)
 _LOSS = "the loss is that of what the model predicts"
-_RESUME = "train.resume is the folder of a run, whose whole state is taken up again"
+_WHOLE = (
+    "a file is put in whole; merge files into the model before, with save_model of jaxft sample"
+)
 _COMPONENT = "the model's own is used"
 _MERGED = "only `part` and `lora` are merged"
 
@@ -64,8 +66,10 @@ REFUSED: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
     "plugin_unet": (_NOTHING, "no ControlNet or other plugins"),
     "plugin_TE": (_NOTHING, "no plugins"),
     "previewer": (_NOTHING, "no images while training; use jaxft.sample"),
-    "train.resume.ckpt_path": (_NOTHING, _RESUME),
-    "train.resume.start_step": (_NOTHING, _RESUME),
+    "train.resume.start_step": (
+        _NOTHING,
+        "a warm start begins with step 1; --resume RUN takes up a run's whole state, step and all",
+    ),
     "train.loss.type": (_one_of("eps"), _LOSS),
     "train.loss.target_type": (_one_of("x0", "eps"), _LOSS),
     "train.loss.pred_type": (_one_of("eps"), _LOSS),
@@ -121,7 +125,10 @@ OLDER: dict[str, str] = {"data.*.source.*.tag_transforms": "text_transforms"}
 AVERAGES = ("model.ema_unet", "model.ema_text_encoder")
 """Older spellings of `model.ema`: a decay each, 0 for none."""
 
-_PATTERNS = {tuple(key.split(".")) for key in (*IGNORED, *REFUSED, *OLDER, *AVERAGES)}
+RESUME = ("train", "resume", "ckpt_path")
+"""HCP-Diffusion's spelling of `train.warm_start`."""
+
+_PATTERNS = {tuple(key.split(".")) for key in (*IGNORED, *REFUSED, *OLDER, *AVERAGES)} | {RESUME}
 
 
 def known(path: Path) -> bool:
@@ -172,6 +179,7 @@ def take_out(tree: dict[str, Any], notices: list[Problem], problems: list[Proble
         for _, value, siblings in _pop(tree, tuple(key.split(".")), ()):
             siblings[newer] = value
     _take_averages(tree, notices, problems)
+    _take_resume(tree, problems)
     for (key, value), (instead, reason) in REPLACED.items():
         if tree.get(key) == value:
             tree[key] = instead
@@ -192,6 +200,43 @@ def _take_averages(tree: dict[str, Any], notices: list[Problem], problems: list[
             notices.append((path, text))
         else:
             problems.append((path, "model.ema, of all that is trained, says otherwise; keep one"))
+
+
+def _take_resume(tree: dict[str, Any], problems: list[Problem]) -> None:
+    """Makes `train.warm_start` of HCP-Diffusion's `train.resume.ckpt_path`, in both of its forms;
+    and of `train.resume.run`, which can stand beside it, `train.resume`."""
+    for path, files, _ in _pop(tree, RESUME, ()):
+        own = tree["train"]["warm_start"]
+        if not isinstance(own, dict) or not isinstance(files, dict):
+            continue
+        for kind, value in files.items():
+            if kind not in own:
+                problems.append(((*path, kind), f"unknown key; known here: {', '.join(own)}"))
+            elif value and own[kind]:
+                problems.append(((*path, kind), f"train.warm_start.{kind} is given too; keep one"))
+            elif value:
+                own[kind] = _files(value, (*path, kind), problems) if kind != "words" else value
+    for _, run, _ in _pop(tree, ("train", "resume", "run"), ()):
+        tree["train"].setdefault("resume", run)
+
+
+def _files(value: Any, path: Path, problems: list[Problem]) -> Any:
+    """The files of a list, or of a group as in `merge`, of which they are put in whole."""
+    if not isinstance(value, dict):
+        return value
+    group, found = dict(value), []
+    if group.pop("base_model_alpha", 0) != 0:
+        problems.append(((*path, "base_model_alpha"), f"not supported: {_WHOLE}"))
+    for kind in ("part", "lora"):
+        for number, item in enumerate(group.pop(kind, None) or ()):
+            options = dict(item) if isinstance(item, dict) else {"path": item}
+            found.append(options.pop("path", None))
+            usual = {"alpha": (1,), "layers": ("all",), "alpha_auto_scale": (True,)}
+            for key, one in options.items():
+                if one not in usual.get(key, ()):
+                    problems.append(((*path, kind, str(number), key), f"not supported: {_WHOLE}"))
+    problems.extend(((*path, key), "unknown key; known here: part, lora") for key in group)
+    return found
 
 
 def unwrap(tree: dict[str, Any]) -> None:

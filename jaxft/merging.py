@@ -10,6 +10,9 @@ from jaxft.formats import hcp, lora
 from jaxft.formats.diffusers_folder import Model
 from jaxft.formats.hcp import Share
 
+MERGED = {"unet": ("unet",), "TE": ("text_encoder", "text_encoder_2")}
+"""What configurations call a file's kind -> the networks that it is of."""
+
 
 class Addition(NamedTuple):
     """A file, how much of it, and which layers (`all`, or patterns)."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -56,6 +57,53 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Batches: the first axis over all devices."""
     return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def own_rows(mesh: Mesh, rows: int) -> slice | np.ndarray:
+    """The rows of a batch of so many that lie on this process' devices; ascending."""
+    if jax.process_count() == 1:
+        return slice(None)
+    places = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    return np.unique(np.concatenate([np.arange(rows)[place] for place in places]))
+
+
+def put_batch(mesh: Mesh, own: dict[str, np.ndarray], rows: int) -> dict[str, jax.Array]:
+    """A batch of so many rows on the devices; each process gives its `own_rows`."""
+    where = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(where, value, (rows, *value.shape[1:]))
+        for name, value in own.items()
+    }
+
+
+def put(tree: Any, where: Any) -> Any:
+    """Arrays that every process has whole, on the devices; `where` is a tree of shardings."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, where)
+
+    def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(place, tree, where)
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays on the host, whole in every process; all of a run's must ask together."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+
+    def whole(leaf: jax.Array) -> np.ndarray:
+        if leaf.is_fully_replicated:
+            return np.asarray(leaf.addressable_data(0))
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(whole, tree)
+
+
+def local(mesh: Mesh) -> Mesh:
+    """The mesh; of several processes, one of this process' devices alone."""
+    return mesh if jax.process_count() == 1 else make(devices=mesh.local_devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -23,6 +23,7 @@ from jaxft import (
     params,
     report,
     selection,
+    warm_start,
     words,
 )
 from jaxft import config as configs
@@ -94,12 +95,20 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
     )
     diffusers_folder.check_text_to_image(model)
     noising = schedule.from_config(model.scheduler, str(model.folder / "scheduler_config.json"))
+    begun = warm_start.read(config.train.warm_start, model)
+    model = begun.model
     images = _images_per_update(config, mesh.size)
     train, factors = config.train, {True: images, False: 1}
     vocabulary = words.read(
-        config.tokenizer_pt, model, factor=factors[train.scale_lr_pt], seed=config.seed
+        config.tokenizer_pt,
+        model,
+        factor=factors[train.scale_lr_pt],
+        seed=config.seed,
+        begun=begun.words,
     )
+    warm_start.check_words(begun, vocabulary.groups)
     selected = selection.select(config, model, factors[train.scale_lr], vocabulary.groups)
+    selected = warm_start.select(selected, begun)
     sets, told = datasets.read(config, model, vocabulary, mesh.size)
     words.check_said(vocabulary, sets)
     judged = loss_options.from_config(train, noising)
@@ -124,6 +133,7 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
         [
             *notices,
             *opened,
+            *begun.notices,
             *vocabulary.notices,
             *selected.notices,
             *steered.notices,

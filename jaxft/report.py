@@ -38,10 +38,15 @@ def bucket_lines(dataset: Dataset) -> list[str]:
         f"{_text(size)}: {_bucket_line(dataset, fitted, bucket)}"
         for bucket, size in enumerate(dataset.buckets.sizes)
     ]
+    if dataset.buckets.num_small:
+        small = _count(dataset.buckets.num_small, "image")
+        lines.append(f"no_upscale: {small} in smaller sizes, so as not to be enlarged")
     if mirrored := sum(record.flip for record in dataset.records):
         lines.append(f"flip: {_count(mirrored, 'image')} mirrored half of the time")
     if drawn := sum(record.crop == "random" for record in dataset.records):
         lines.append(f"crop: {_count(drawn, 'image')} cropped at random, anew in every epoch")
+    if kept := sum(record.crop == "mask" and record.mask is not None for record in dataset.records):
+        lines.append(f"crop: {_count(kept, 'image')} cropped around what their masks show")
     if masked := sum(record.mask is not None for record in dataset.records):
         lines.append(f"att_mask: {_count(masked, 'image')} of which the parts count as masks say")
     if plan.num_dropped:
@@ -65,7 +70,8 @@ def warnings(dataset: Dataset) -> list[str]:
     if grown := _worst(dataset, fitted.scale, MAX_SCALE, lambda scale: f"{scale:.1f}×"):
         notices.append(
             f"{key}: {_count(len(grown), 'image')} enlarged more than {MAX_SCALE:g}×: "
-            f"{_named(grown)}; choose smaller buckets, or leave them out"
+            f"{_named(grown)}; choose smaller buckets, a bucket's no_upscale: true, or leave them "
+            "out"
         )
     for bucket, batches in enumerate(dataset.plan.batches_of_bucket):
         if not batches:

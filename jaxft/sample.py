@@ -22,12 +22,9 @@ from jaxft.diffusion.samplers import Table
 from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder, embeddings, single_file
 from jaxft.formats.diffusers_folder import Model
-from jaxft.merging import Addition
+from jaxft.merging import MERGED, Addition
 from jaxft.models import vae
 from jaxft.shapes import Latents
-
-MERGED = {"unet": ("unet",), "TE": ("text_encoder", "text_encoder_2")}
-"""`merge.*.type` -> the networks that its files are of."""
 
 
 class Request(NamedTuple):

@@ -31,6 +31,8 @@ class Selection(NamedTuple):
     adapters: dict[str, Adapters]
     """Network -> its LoRAs."""
     notices: list[str]
+    begun: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+    """`lora_<network>` -> factors that do not begin at nothing."""
 
 
 def select(
@@ -157,7 +159,8 @@ def initial(
             chosen = {name: weights[name] for name in weights if name in own}
             trained[network] = params.cast(chosen, dtype)
     for network, own in selection.adapters.items():
-        trained[f"lora_{network}"] = loras.init(own, seed, model.parts[network].params)
+        factors = loras.init(own, seed, model.parts[network].params)
+        trained[f"lora_{network}"] = factors | dict(selection.begun.get(f"lora_{network}", {}))
     return trained
 
 

@@ -12,32 +12,25 @@ import logging
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, cast
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from jaxft import caches, cli, compile_cache, params, selection, words
+from jaxft import assembly, caches, cli, compile_cache, hosts, params
 from jaxft import config as configs
 from jaxft import mesh as meshes
 from jaxft import plan as plans
+from jaxft.assembly import Run
 from jaxft.checkpoint import Checkpoints
-from jaxft.compiled import Programs
 from jaxft.config import Config
 from jaxft.data import bucket_table, latents, loader
-from jaxft.data.loader import Dataset
 from jaxft.data.source import negative, prompt
 from jaxft.errors import UserError
 from jaxft.gallery import write_text
 from jaxft.lock import lock
 from jaxft.log import RunLog
-from jaxft.params import abstract
 from jaxft.plan import Plan
 from jaxft.records import Numbers, Parts, export, lasting, parts_of, words_of
 from jaxft.signals import Stop
-from jaxft.step import Objective, TrainState, Weights, result
-from jaxft.tuning import adapters
+from jaxft.step import TrainState, result
 
 UNSAVED = {
     ".lock",
@@ -51,18 +44,6 @@ UNSAVED = {
 }
 """What a run leaves behind that ended before its first checkpoint."""
 
-REMAT = {True: "blocks", False: "none"}
-"""Policies that `model.gradient_checkpointing` may name by yes or no."""
-
-
-class Run(NamedTuple):
-    """What the loop needs, on the devices."""
-
-    plan: Plan
-    programs: Programs
-    frozen: Weights
-    key: jax.Array
-
 
 def main(argv: Sequence[str]) -> int:
     """Trains; returns 0, or 128 + the number of the signal that ended the run early."""
@@ -71,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     )
     overrides = list(args.overrides)
     if args.resume:
-        overrides.append(f"train.resume={json.dumps(args.resume)}")
+        overrides.append(f"train.resume.run={json.dumps(args.resume)}")
     file = args.config or (args.resume and str(Path(args.resume) / "cfg.yaml"))
     if not file:
         raise UserError("name a configuration, --config FILE, or a run to go on with, --resume RUN")
@@ -82,23 +63,31 @@ def main(argv: Sequence[str]) -> int:
 
 def train(config: Config, notices: Sequence[str] = ()) -> int:
     """Runs the configuration; see `main`."""
+    with hosts.joined(**config.distributed):
+        return _train(config, notices)
+
+
+def _train(config: Config, notices: Sequence[str]) -> int:
+    hosts.check_same("configuration", _recipe(config))
     folder, resumes = _folder(config)
     compile_cache.enable(config.compile_cache)
     plan = plans.prepare(config, notices)
-    with lock(folder), Stop() as stop:
+    hosts.check_same("data", {"what is read": _fingerprint(plan)})
+    with lock(folder) if hosts.is_first() else hosts.Mute(), Stop() as stop:
         checkpoints = Checkpoints(folder / "state", config.train.keep_last)
         start = _latest(checkpoints, folder) if resumes else 0
-        _write_records(folder, plan, start)
-        with RunLog(folder, plan.total_steps, start) as log:
+        if hosts.is_first():
+            _write_records(folder, plan, start)
+        with _log(folder, plan.total_steps, start) as log:
             log.message(plans.describe(plan))
             plan = caches.fill(plan, say=log.message, stopped=lambda: stop.requested)
-            run = _to_devices(plan)
+            run = assembly.assemble(plan)
             state = _start(run, checkpoints, start, log)
-            if not stop.requested:
+            if not hosts.largest(stop.requested or 0):
                 _compile(run, state, log)
-            if stop.requested:
+            if asked := hosts.largest(stop.requested or 0):
                 log.message("stopped before the first step")
-                return 128 + stop.requested
+                return 128 + asked
             return _loop(run, state, folder, checkpoints, log, stop, start)
 
 
@@ -120,8 +109,12 @@ def _folder(config: Config) -> tuple[Path, bool]:
         folder = Path(config.train.resume)
         _check_is_run(folder)
         return folder, True
-    folder = Path(config.exp_dir)
-    if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - UNSAVED):
+    folder = Path(hosts.of_first(config.exp_dir))  # the time of each process may be in it
+    if (
+        hosts.is_first()
+        and folder.exists()
+        and (not folder.is_dir() or {p.name for p in folder.iterdir()} - UNSAVED)
+    ):
         raise UserError(
             f"exp_dir: {folder} is not empty; choose another, or go on there with --resume {folder}"
         )
@@ -135,10 +128,29 @@ def _latest(checkpoints: Checkpoints, folder: Path) -> int:
     return step
 
 
+def _recipe(config: Config) -> dict[str, Any]:
+    """The configuration without what ties it to a folder and to a process."""
+    recipe = config.to_dict()
+    del recipe["exp_dir"], recipe["distributed"]
+    return recipe
+
+
+def _log(folder: Path, total_steps: int, start: int) -> RunLog:
+    """The log of a run, for the first process; others say nothing."""
+    first = hosts.is_first()
+    return RunLog(folder, total_steps, start) if first else cast(RunLog, hosts.Mute())
+
+
+def _parts(plan: Plan, folder: Path) -> Parts:
+    """The part files of a run, which the first process writes."""
+    if not hosts.is_first():
+        return cast(Parts, hosts.Mute())
+    return Parts(folder / "ckpts", plan.config.ckpt_dtype, lasting(plan))
+
+
 def _write_records(folder: Path, plan: Plan, start: int) -> None:
     """cfg.yaml, without what ties it to this folder, plan.txt and buckets; old ones are kept."""
-    recipe = plan.config.to_dict()
-    del recipe["exp_dir"]
+    recipe = _recipe(plan.config)
     recipe["train"]["resume"] = None
     texts = {
         "cfg.yaml": configs.to_yaml(recipe),
@@ -162,88 +174,12 @@ def _bucket_table(plan: Plan) -> str:
     return bucket_table.to_text(entries)
 
 
-def _placed(plan: Plan, weights: Weights) -> Weights:
-    """Weights on the devices, split as the mesh says."""
-    return jax.device_put(weights, meshes.shardings(plan.mesh, weights))
-
-
-def _to_devices(plan: Plan) -> Run:
-    """Networks and frozen weights; of the VAE only what steps need."""
-    config, parts, family = plan.config, plan.model.parts, plan.model.family
-    dtype = jnp.dtype(plans.COMPUTE[config.mixed_precision])
-    policy = config.model.gradient_checkpointing
-    remat = REMAT[policy] if isinstance(policy, bool) else policy
-    options = {"unet": {"remat": remat}}
-    labels, loras = plan.selection.labels, plan.selection.adapters
-    frozen: dict[str, Any] = {
-        name: {k: v for k, v in part.params.items() if k not in labels.get(name, {})}
-        for name, part in parts.items()
-    }
-    frozen = {
-        name: params.cast(weights, np.float32 if name == "vae" else dtype)
-        for name, weights in frozen.items()
-    }
-    if all(dataset.moments is not None for dataset in plan.datasets):
-        del frozen["vae"]
-    if all(dataset.text is not None for dataset in plan.datasets):
-        for name in family.text_encoders:
-            del frozen[name]
-    elif plan.words.frozen:
-        frozen[words.PART] = dict(plan.words.frozen)
-
-    def build(name: str) -> Any:
-        network = family.networks[name](parts[name].config, **options.get(name, {}))
-        return adapters.attach(network, loras.get(name, {}))
-
-    clip_skip, final_norm = family.text_layer(config.model.clip_skip, config.model.clip_final_norm)
-    objective = Objective(
-        networks={name: abstract(lambda n=name: build(n))[0] for name in frozen if name in parts},
-        schedule=plan.noising,
-        scaling_factor=parts["vae"].config.get("scaling_factor", 0.18215),
-        dtype=dtype,
-        clip_skip=clip_skip,
-        clip_final_norm=final_norm,
-        loss=plan.loss,
-        dropouts={
-            name: keys for name, own in loras.items() if (keys := adapters.dropout_keys(own))
-        },
-    )
-    programs = Programs(
-        objective,
-        plan.optimizer,
-        plan.mesh,
-        loss_weights=[dataset.loss_weight for dataset in plan.datasets],
-        accumulation=plan.accumulation,
-        averages=plan.average is not None,
-    )
-    if any(dataset.teacher for dataset in plan.datasets):
-        frozen |= _teacher(_initial(plan), dtype)
-    key = jax.device_put(jax.random.key(config.seed), meshes.replicated(plan.mesh))
-    return Run(plan, programs, _placed(plan, frozen), key)
-
-
-def _initial(plan: Plan) -> dict[str, Any]:
-    """What is trained as it is before the first step, on the host."""
-    dtype = params.DTYPES[plan.config.train.weights_dtype]
-    trainable = selection.initial(plan.selection, plan.model, plan.config.seed, dtype)
-    return trainable | ({words.PART: plan.words.trained} if plan.words.groups else {})
-
-
-def _teacher(initial: Weights, dtype: Any) -> Weights:
-    """What is trained, as it is before the first step, beside the frozen weights."""
-    teacher: Weights = {}
-    for part, weights in initial.items():
-        name = f"teacher_{part.removeprefix('lora_')}"
-        teacher[name] = teacher.get(name, {}) | params.cast(weights, dtype)
-    return teacher
-
-
 def _start(run: Run, checkpoints: Checkpoints, start: int, log: RunLog) -> TrainState:
     """The state of a checkpoint, or of step 0; says so if the data is not what it was."""
     plan = run.plan
-    trainable = _initial(plan)
+    trainable = assembly.initial(plan)
     if not start:
-        return run.programs.init(_placed(plan, trainable))
+        return run.programs.init(assembly.put(plan, trainable))
     state, extra = checkpoints.restore(start, run.programs.state(trainable))
     if extra["data"] != _fingerprint(plan):
         log.message(
@@ -268,31 +204,8 @@ def _fingerprint(plan: Plan) -> str:
 
 
 def _compile(run: Run, state: TrainState, log: RunLog) -> None:
-    batches = [_one_of_each_shape(dataset) for dataset in run.plan.datasets]
-    run.programs.compile(state, run.frozen, run.key, batches)
+    assembly.compile_all(run, state)
     log.message(f"memory    {run.programs.memory() / 2**30:.2f} GiB on each device")
-
-
-def _one_of_each_shape(dataset: Dataset) -> list[dict[str, jax.ShapeDtypeStruct]]:
-    rows, batches = dataset.plan.batch_size, []
-    text = dataset.texts(dataset.records[:1], [0])
-    for width, height in (shape.size for shape in dataset.shapes):
-        batch: dict[str, tuple[tuple[int, ...], Any]] = {
-            name: ((rows, *value.shape[1:]), value.dtype) for name, value in text.items()
-        }
-        batch["weight"] = ((rows,), np.float32)
-        if dataset.teacher:
-            batch["teacher"] = ((rows,), np.float32)
-        if dataset.with_sizes:
-            batch["time_ids"] = ((rows, 6), np.float32)
-        if dataset.with_masks:
-            batch["mask"] = ((rows, height // 8, width // 8), np.float32)
-        if dataset.moments is None:
-            batch["pixel_values"] = ((rows, height, width, 3), np.uint8)
-        else:
-            batch["moments"] = ((rows, height // 8, width // 8, 8), np.float32)
-        batches.append({k: jax.ShapeDtypeStruct(*v) for k, v in batch.items()})
-    return batches
 
 
 # ---------------------------------------------------------------------------------------- loop
@@ -310,11 +223,13 @@ def _loop(
     """Steps `start` to the end, or to the one in which the user asks to stop."""
     plan, every = run.plan, run.plan.config.train.save_step
     numbers, data = Numbers(plan, log, start), _fingerprint(plan)
+    asked, largest = 0, hosts.Largest(plan.mesh)
     log.start()
     with (
         closing(checkpoints),
-        closing(Parts(folder / "ckpts", plan.config.ckpt_dtype, lasting(plan))) as parts,
+        closing(_parts(plan, folder)) as parts,
         closing(_feed(plan, start)) as feed,
+        hosts.guarded(log.message if hosts.is_first() else None),
     ):
         for step in range(start + 1, plan.total_steps + 1):
             state, metrics = run.programs.step(state, run.frozen, run.key, next(feed))
@@ -322,38 +237,43 @@ def _loop(
                 state = run.programs.average(state, plan.average.share(step))
             numbers.add(step, metrics)
             log.advance(step)
-            last = step == plan.total_steps or stop.requested
+            asked = largest(stop.requested or 0)
+            last = step == plan.total_steps or asked
             if last or step % every == 0:
                 numbers.flush()
                 checkpoints.save(step, state, {"data": data})
-                trained, average = jax.device_get((result(state), state.average))
+                trained, average = meshes.fetch((result(state), state.average))
                 parts.write(step, parts_of(plan, trained, average), words_of(plan, trained))
             if last:
                 break
-    if stop.requested:
+    if asked:
         log.message(f"stopped; go on with: python -m jaxft.train --resume {folder}")
-        return 128 + stop.requested
-    trained, average = jax.device_get((result(state), state.average))
-    for path in export(plan, trained, average, folder):
-        log.message(f"wrote     {path}")
+        return 128 + asked
+    trained, average = meshes.fetch((result(state), state.average))
+    if hosts.is_first():
+        for path in export(plan, trained, average, folder):
+            log.message(f"wrote     {path}")
     return 0
 
 
 def _feed(plan: Plan, start: int) -> Generator[list[list[Any]], None, None]:
-    """Batches of each step on the devices, of each data set one for each part; one step ahead."""
-    where = meshes.batch_sharding(plan.mesh)
-    parts = plan.accumulation
-    workers = plan.config.train.workers
-    streams = [loader.open(d, start * parts, workers=workers) for d in plan.datasets]
+    """Batches of each step on the devices, of each data set one for each part.
 
-    def take() -> list[list[Any]]:
-        return [[jax.device_put(next(stream), where) for _ in range(parts)] for stream in streams]
-
+    They are made ahead in threads; a step is not waited for, so that while it is computed the next
+    one's batch is on its way. Each process makes the rows that lie on its devices.
+    """
+    mesh, parts, workers = plan.mesh, plan.accumulation, plan.config.train.workers
+    sizes = [dataset.plan.batch_size for dataset in plan.datasets]
+    streams = [
+        loader.open(d, start * parts, workers=workers, rows=meshes.own_rows(mesh, size))
+        for d, size in zip(plan.datasets, sizes, strict=True)
+    ]
     try:
-        ahead = take()
         while True:
-            yield ahead
-            ahead = take()
+            yield [
+                [meshes.put_batch(mesh, next(stream), size) for _ in range(parts)]
+                for stream, size in zip(streams, sizes, strict=True)
+            ]
     finally:
         for stream in streams:
             stream.close()

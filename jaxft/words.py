@@ -9,6 +9,7 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -56,7 +57,14 @@ class Words(NamedTuple):
         return {word: rows for word, rows in self.rows.items() if word not in self.groups}
 
 
-def read(options: Config, model: Model, *, factor: float = 1.0, seed: int = 0) -> Words:
+def read(
+    options: Config,
+    model: Model,
+    *,
+    factor: float = 1.0,
+    seed: int = 0,
+    begun: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> Words:
     """The words of `emb_dir` and those that `train` names.
 
     Args:
@@ -64,6 +72,7 @@ def read(options: Config, model: Model, *, factor: float = 1.0, seed: int = 0) -
         model: whose text encoders read them.
         factor: of all rates.
         seed: of rows that begin at random.
+        begun: word -> the rows that it begins with, whatever `options` say.
 
     Raises:
         UserError: a file does not fit the model, or a word to train begins nowhere.
@@ -80,7 +89,9 @@ def read(options: Config, model: Model, *, factor: float = 1.0, seed: int = 0) -
             raise UserError(f"{where}.name: {name!r} can name no file in ckpts/; choose another")
         if name in groups:
             raise UserError(f"{where}.name: {groups[name].name} trains {name!r} already")
-        if entry.init_text is not None:
+        if name in begun:
+            rows[name] = begun[name]
+        elif entry.init_text is not None:
             if name in rows:
                 notices.append(f"{where}: {name} begins as its init_text, not as in emb_dir")
             try:
@@ -93,10 +104,10 @@ def read(options: Config, model: Model, *, factor: float = 1.0, seed: int = 0) -
                 f"word begins, such as init_text: '*[0.017, 4]', or create it first: jaxft convert "
                 f"create-embedding MODEL {name} 4 --root {options.emb_dir or USUAL_FOLDER}"
             )
-        elif entry.n_word not in (None, len(rows[name])):
+        if entry.n_word not in (None, len(rows[name])):
             raise UserError(
-                f"{where}.n_word: {name}.safetensors in {options.emb_dir} has {len(rows[name])} "
-                "rows; leave n_word out, or give init_text"
+                f"{where}.n_word: the file of {name!r} has {len(rows[name])} rows; leave n_word "
+                "out, or give init_text"
             )
         groups[name] = Group(where, PART, (name,), entry.lr * factor, {**entry.optimizer})
     return Words(rows, groups, notices)

@@ -192,6 +192,13 @@ def bad() -> Iterator[tuple[str, bytes]]:
         yield f"spoilt{at}.png", bytes(spoilt)
 
 
+def large(count: int) -> Iterator[tuple[str, bytes]]:
+    """The largest images that are used, each in the form that takes most memory for its bytes."""
+    for mode in ("1", "RGBA", "I;16"):
+        data = encoded(Image.new(mode, (8000, 8000)), compress_level=1)
+        yield from ((f"{mode[0]}{number}.png", data) for number in range(count))
+
+
 def over(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     """Colours in front of the background."""
     share = alpha[..., None] / 255

@@ -10,17 +10,17 @@ from tests.conftest import ROOT
 
 LAYERS = (
     {"errors", "shapes"},
-    {"builtin", "tensor_file"},
+    {"builtin", "hosts", "tensor_file"},
     {"arithmetic", "checkpoint", "cli", "compile_cache", "gallery", "lock", "log", "mesh"}
     | {"params", "patterns", "schema", "signals", "data", "models"},
     {"lycoris", "origins", "report"},
     {"low_rank"},
     {"diffusion", "foreign", "formats", "tuning"},
-    {"compat", "config", "selection", "step"},
-    {"averaging", "loss_options", "words"},
+    {"compat", "config", "merging", "selection", "step"},
+    {"averaging", "loss_options", "warm_start", "words"},
     {"datasets", "optimization"},
-    {"compiled", "explain", "inspection", "merging", "pickled", "plan", "start", "verify"},
-    {"caches", "records"},
+    {"compiled", "explain", "inspection", "pickled", "plan", "start", "verify"},
+    {"assembly", "caches", "records"},
     {"convert", "sample", "train"},
 )
 """Modules and packages, from the bottom: imports point down, or stay within a package."""

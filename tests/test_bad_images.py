@@ -1,6 +1,8 @@
 """What lies in a folder is used as it looks, or named with the reason, before the first step."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from jaxft.data import listing, source
 from jaxft.errors import UserError
 from tests import bad_images
+from tests.conftest import ROOT
 from tests.data_fixtures import photograph
 
 
@@ -41,6 +44,39 @@ def test_what_cannot_be_used_is_named_with_the_reason(tmp_path):
     assert sorted(told) == sorted(files)
     assert all(told.values())
     assert len(files) + sum(1 for _ in bad_images.good()) >= 120
+
+
+MEASURE = """
+import resource, sys
+from jaxft.data import source
+from jaxft.errors import UserError
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for folder in sys.argv[1:]:
+    try:
+        print(len(source.index(folder).records))
+    except UserError:
+        print("refused")
+print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_the_corpus_takes_little_memory(tmp_path):
+    """Bombs and damaged files, and as many of the largest images allowed as there are threads."""
+    for kind, files in {
+        "good": [(file.name, file.data) for file in bad_images.good()],
+        "bad": bad_images.bad(),
+        "large": bad_images.large(os.cpu_count() or 1),
+    }.items():
+        (tmp_path / kind).mkdir()
+        for name, data in files:
+            (tmp_path / kind / name).write_bytes(data)
+    folders = [str(tmp_path / kind) for kind in ("good", "bad", "large")]
+    command = [sys.executable, "-W", "ignore", "-c", MEASURE, *folders]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    *counts, peak = told.split("\n")[:4]
+    assert counts == [str(len(os.listdir(folders[0]))), "refused", str(len(os.listdir(folders[2])))]
+    before, most = (int(kib) / 2**20 for kib in peak.split())
+    assert most < 2, f"{most:.2f} GiB, of which {before:.2f} before"
 
 
 LAYOUTS = {

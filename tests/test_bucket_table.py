@@ -55,6 +55,21 @@ def test_added_images_go_to_the_nearest_saved_size_and_the_others_stay(tmp_path)
     assert restored.assignment.tolist() == [0, 1, 0, 0, 0, 1, 0]
 
 
+def test_small_images_that_are_added_are_not_enlarged_by_a_resume(tmp_path):
+    sizes = [(640, 640), (200, 200), (200, 200)]
+    options = {"target_area": 512 * 512, "num_bucket": 1, "no_upscale": True}
+    made = ratio_buckets_from_files(sizes, **options)
+    assert sorted(made.sizes) == [(192, 192), (512, 512)]
+    saved = through_file(sizes, made, tmp_path / "table.json")
+    now = [*sizes, (250, 270), (600, 600), (100, 100)]
+    nearest = ratio_buckets_from_files(now, known=saved.sizes, **options)
+    restored, added = bucket_table.restore(saved, now, nearest)
+    trained = [restored.sizes[bucket] for bucket in restored.assignment.tolist()]
+    assert trained[:3] == [(512, 512), (192, 192), (192, 192)]
+    assert trained[3:] == [(192, 192), (512, 512), (64, 64)]
+    assert (added, restored.num_small) == (3, 4)
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "{", "[" * 100_000, '{"d": 3}', '{"d": {"bucket": {}}}', '{"d": {"sizes": {}}}']

@@ -1,5 +1,6 @@
 """Runs with caches on disk and in memory are one run; what a run needs of them is built once."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from jaxft import caches, plan, train
 from jaxft import config as configs
 from jaxft.errors import UserError
-from tests.data_fixtures import photo_folder
+from tests.data_fixtures import SIZES, photo_folder
 from tests.test_train import ONE_SHAPE, arguments, losses, recipe, state
 
 __all__ = ["recipe"]
@@ -107,6 +109,47 @@ def test_more_prompts_than_can_be_encoded_are_refused_in_the_plan(recipe, tmp_pa
     )
     with pytest.raises(UserError, match=r"dataset1\.cache_text: 0\.png has 101 prompts"):
         prepared(recipe, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["text_encoder=[{lr: 1e-4, layers: ['']}]"], "a text encoder is trained"),
+        (["lora_text_encoder=[{lr: 1e-4, layers: ['']}]"], "a text encoder is trained"),
+        (
+            [f"{DATA}.source.data_source1.text_transforms=[{{_target_: CaptionDropout}}]"],
+            r"the text_transforms of 0\.png make other prompts in every epoch",
+        ),
+    ],
+)
+def test_prompts_that_change_are_not_encoded_before(recipe, overrides, told):
+    made = prepared(recipe, *overrides)
+    assert made.total_steps == 4
+    with pytest.raises(UserError, match=rf"dataset1\.cache_text: {told}"):
+        prepared(recipe, f"{DATA}.cache_text=true", *overrides)
+
+
+def test_a_run_with_masks_and_flips_is_resumed_bit_for_bit(recipe, tmp_path):
+    """The images of half a mask count half of five times; both sides of them are kept."""
+    photos = photo_folder(tmp_path / "photos", 8)
+    (tmp_path / "masks").mkdir()
+    grey = np.repeat(np.array([[255, 0]], np.uint8), 32, axis=1)
+    for number in range(8):
+        size = SIZES[number % len(SIZES)]
+        Image.fromarray(grey).resize(size).save(tmp_path / f"masks/{number}.png")
+    source = f"{DATA}.source.data_source1"
+    options = (f"{source}.img_root={photos}", f"{source}.flip=true", "train.save_step=2")
+    masked = f"{source}.att_mask={tmp_path / 'masks'}"
+    ended, log = run(recipe, tmp_path / "masked", *options, masked)
+    assert "att_mask: 8 images of which the parts count as masks say" in log
+    assert "flip: 8 images mirrored half of the time" in log
+    again = Path(shutil.copytree(tmp_path / "masked", tmp_path / "again"))
+    shutil.rmtree(again / "state" / "4")
+    assert train.main(["--resume", str(again)]) == 0
+    assert losses(again) == losses(tmp_path / "masked")
+    resumed = state(again, 4)
+    for name, value in ended.items():
+        np.testing.assert_array_equal(resumed[name], value)
 
 
 def test_states_of_xl_are_those_of_diffusers(folders, tmp_path):

@@ -2,7 +2,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
@@ -270,3 +270,37 @@ def test_unscaled_images_are_cropped_and_padded_as_by_pillow(size):
     )
     theirs = image.crop((left, top, left + size[0], top + size[1]))  # black beyond the image
     np.testing.assert_array_equal(crop_and_pad(image, size), np.array(theirs))
+
+
+@given(sizes=IMAGES, step=st.sampled_from([8, 64]), data=st.data())
+@settings(max_examples=15, deadline=None)
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+def test_without_enlarging_a_small_image_has_the_largest_size_of_its_shape_in_it(sizes, step, data):
+    """Other images have the size that they had; known sizes give the same."""
+    make, options = data.draw(
+        st.sampled_from(
+            [
+                (ratio_buckets_from_files, {"target_area": 1024**2, "num_bucket": 1}),
+                (ratio_buckets_from_ratios, {"target_area": [512**2, 1536**2], "num_bucket": 4}),
+                (ratio_size_buckets_from_files, {"max_area": 1024**2, "num_bucket": 1}),
+                (long_edge_buckets_from_files, {"target_edge": 1024, "num_bucket": 1}),
+            ]
+        )
+    )
+    options = options | {"step_size": step}
+    try:
+        free = make(sizes, **options)
+        bound = make(sizes, **options, no_upscale=True)
+    except UserError:  # nothing is left of a strip
+        assume(False)
+    assert (fit(sizes, bound).scale <= 1).all()
+    small = fit(sizes, free).scale > 1
+    assert bound.num_small == small.sum()
+    for image, before, after, grows in zip(
+        sizes, trained(free), trained(bound), small, strict=True
+    ):
+        scale = min(1, *(given / side for given, side in zip(image, before, strict=True)))
+        assert grows == (scale < 1)
+        for side, wanted in zip(after, before, strict=True):
+            assert side % step == 0
+            assert wanted * scale - step < side <= wanted * scale + 1e-6

@@ -8,7 +8,7 @@ import random_model
 import torch
 from PIL import Image
 
-from jaxft import train
+from jaxft import assembly
 from jaxft.data import batches, buckets, latents, loader, masks, source
 from jaxft.data.images import CENTRE, View
 from jaxft.data.tokens import Tokenizer
@@ -106,7 +106,7 @@ def test_a_batch_has_the_masks_of_its_images_cached_or_not(folder):
     )
     cached = loader.Dataset("a", records, shaped, plan, [Tokenizer(folder)], moments=store)
     for one in (data, cached):
-        (expected,) = train._one_of_each_shape(one)
+        (expected,) = assembly.one_of_each_shape(one)
         got = {name: (value.shape, value.dtype) for name, value in one.batch(0).items()}
         assert got == {name: (value.shape, value.dtype) for name, value in expected.items()}
     sides = set()
@@ -156,3 +156,43 @@ def test_masks_below_the_images_are_no_images(folder):
     (folder / "photos/masks/0.webp").unlink()
     with pytest.raises(UserError, match=r"0\.webp.*it was there"):
         source.loss_weights(records[0], (64, 64))
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_crop_keeps_what_the_mask_shows(folder, scaled):
+    """Wherever it lies, and on both sides; what does not fit is kept around its middle."""
+    picture, size = photograph(3, (128, 64)), (64, 64) if scaled else (48, 48)
+    for left, top, width, height in (
+        (3, 9, 40, 40),
+        (70, 2, 48, 48),
+        (125, 60, 3, 4),
+        (0, 0, 1, 1),
+    ):
+        grey = np.full((64, 128), 3, np.uint8)
+        grey[top : top + height, left : left + width] = 200
+        picture.save(folder / "photos/0.png")
+        Image.fromarray(grey).save(folder / "masks/0.webp", lossless=True)
+        options = {"att_mask": folder / "masks", "crop": "mask", "flip": True}
+        record = source.index(folder / "photos", **options).records[0]._replace(scaled=scaled)
+        straight, mirrored = source.views(record, size)
+        assert [source.framed(record, size, pick) for pick in (0, 1)] == [straight, mirrored]
+        kept = source.loss_weights(straight, size)
+        expected = curve(grey)[top : top + height, left : left + width].sum()
+        seen = kept.sum() * 64 - (size[0] * size[1] - width * height) * 3 / 127
+        np.testing.assert_allclose(seen, expected, rtol=1e-4)
+        np.testing.assert_array_equal(source.loss_weights(mirrored, size), kept[:, ::-1])
+    bar = np.zeros((64, 128), np.uint8)
+    bar[:, 20:120] = 255
+    Image.fromarray(bar).save(folder / "masks/0.webp", lossless=True)
+    record = source.index(folder / "photos", **options).records[0]
+    assert source.views(record, (64, 64))[0].view == View((70 - 32) / 64, 0.5)
+
+
+def test_what_has_no_mask_is_cropped_in_the_middle(folder):
+    options = {"att_mask": folder / "masks", "crop": "mask"}
+    Image.new("L", (64, 64), 9).save(folder / "masks/0.webp")  # it shows nothing in particular
+    records = source.index(folder / "photos", **options).records
+    for record in (records[0], records[3]):
+        assert source.framed(record, (32, 64), 5).view == CENTRE
+    with pytest.raises(UserError, match=r"crop: mask .* name att_mask"):
+        source.index(folder / "photos", crop="mask")

@@ -42,7 +42,6 @@ NEEDED = {"train": "model.pretrained_model_name_or_path=m", "infer": "pretrained
 @pytest.mark.parametrize(
     ("schema", "text", "key"),
     [
-        ("train", "train: {resume: {ckpt_path: {unet: [a]}}}", "train.resume.ckpt_path"),
         ("train", "train: {resume: {start_step: 3}}", "train.resume.start_step"),
         (
             "train",

@@ -58,6 +58,19 @@ def test_numbers_are_those_of_the_images(photos, tokenizer):
     assert "2 images enlarged more than 1.5×: 4.png (2.0×), 5.png (1.6×);" in grown
 
 
+def test_what_is_not_enlarged_is_counted(photos, tokenizer):
+    def shaped(sizes):
+        options = {"target_area": 64 * 64, "num_bucket": 1, "step_size": 32, "no_upscale": True}
+        return buckets.ratio_buckets_from_files(sizes, **options)
+
+    data = dataset(photos, tokenizer, shaped)
+    lines = report.bucket_lines(data)
+    assert "no_upscale: 2 images in smaller sizes, so as not to be enlarged" in lines
+    assert lines[0].startswith("32 × 32: 2 images in 1 batch")
+    assert not any("enlarged up to" in line for line in lines)
+    assert not any("enlarged" in warning for warning in report.warnings(data))
+
+
 def test_names_in_warnings_are_few(tmp_path, tokenizer):
     for index in range(7):
         photograph(index, (32 + index, 64)).save(tmp_path / f"{index}.png")

@@ -87,11 +87,11 @@ def restore(saved: Saved, sizes: Sequence[Size], nearest: Buckets) -> tuple[Buck
     known = dict(zip(sizes, guesses, strict=True)) | saved.trained
     chosen = [known[size] for size in sizes]
     used = set(chosen)
-    kept = [size for size in saved.sizes if size in used]
+    kept = [size for size in saved.sizes if size in used] + sorted(used.difference(saved.sizes))
     place = {size: index for index, size in enumerate(kept)}
     assignment = np.array([place[size] for size in chosen])
     added = Counter(sizes) - Counter(saved.counts)
-    return Buckets(kept, assignment, nearest.scaled), added.total()
+    return nearest._replace(sizes=kept, assignment=assignment), added.total()
 
 
 def _written(size: Size) -> str:

@@ -7,6 +7,9 @@ image gets follows from its own size and the set's, so equal sizes never part.
 
 Every kind takes `known`: sizes that are there already. Then nothing is fitted, and each image gets
 the nearest of them, as that kind measures.
+
+With `no_upscale` no image is enlarged: where an image is smaller than its size, the size is made
+small until the image covers it, and rounded down to the step.
 """
 
 import math
@@ -37,6 +40,8 @@ class Buckets(NamedTuple):
     scaled: bool = True
     """Whether an image is scaled to cover its size; else it keeps its pixels, is cropped where it
     is larger and padded where it is smaller."""
+    num_small: int = 0
+    """Images that `no_upscale` has given a smaller size."""
 
 
 def ratio_buckets_from_files(
@@ -46,6 +51,7 @@ def ratio_buckets_from_files(
     target_area: float | Sequence[float] = 640 * 640,
     step_size: int = 64,
     num_bucket: int = 10,
+    no_upscale: bool = False,
 ) -> Buckets:
     """At most `num_bucket` aspect ratios, fitted to the images' own: KMeans on log2(width/height).
 
@@ -57,14 +63,14 @@ def ratio_buckets_from_files(
     """
     areas, images = _checked_areas(target_area, step_size), _array(sizes)
     if known:
-        chosen = _nearest_ratios(images, _by_area(known, areas))
+        chosen = _nearest_ratios(images, _by_area(known, areas, no_upscale))
     else:
         centres, labels = _clusters(_log_ratios(images)[:, None], num_bucket, tol=1e-3)
         ratios = 2.0 ** centres[:, 0]
         chosen = _largest_filled(
             images, [_sizes_of(ratios, area, step_size)[labels] for area in areas]
         )
-    return _buckets(images, chosen, "target_area")
+    return _buckets(images, chosen, "target_area", least=step_size if no_upscale else None)
 
 
 def ratio_buckets_from_ratios(
@@ -76,6 +82,7 @@ def ratio_buckets_from_ratios(
     num_bucket: int = 10,
     ratio_max: float = 4.0,
     ratio_min: float | None = None,
+    no_upscale: bool = False,
 ) -> Buckets:
     """`num_bucket` sizes that do not depend on the images; each gets that of the nearest log-ratio.
 
@@ -94,11 +101,12 @@ def ratio_buckets_from_ratios(
             "ratio_max"
         )
     tables = (
-        _by_area(known, areas)
+        _by_area(known, areas, no_upscale)
         if known
         else [_grid_sizes(area, step_size, num_bucket, ratio_max, ratio_min) for area in areas]
     )
-    return _buckets(images, _nearest_ratios(images, tables), "target_area")
+    chosen = _nearest_ratios(images, tables)
+    return _buckets(images, chosen, "target_area", least=step_size if no_upscale else None)
 
 
 def size_buckets_from_files(
@@ -130,6 +138,7 @@ def ratio_size_buckets_from_files(
     max_area: float = 640 * 640,
     step_size: int = 64,
     num_bucket: int = 10,
+    no_upscale: bool = False,
 ) -> Buckets:
     """At most `num_bucket` sizes, fitted to the images' ratios and areas, these up to `max_area`.
 
@@ -147,7 +156,8 @@ def ratio_size_buckets_from_files(
     def rounded(centres: Points) -> Sizes:
         return _sizes_of(2.0 ** centres[:, 0], 2.0 ** centres[:, 1], step_size)
 
-    return _buckets(images, _fitted(images, known, features, rounded, num_bucket), "max_area")
+    chosen = _fitted(images, known, features, rounded, num_bucket)
+    return _buckets(images, chosen, "max_area", least=step_size if no_upscale else None)
 
 
 def long_edge_buckets_from_files(
@@ -157,6 +167,7 @@ def long_edge_buckets_from_files(
     known: Sequence[Size] = (),
     step_size: int = 64,
     num_bucket: int = 10,
+    no_upscale: bool = False,
 ) -> Buckets:
     """At most `num_bucket` sizes, fitted to the images scaled to a long edge of `target_edge`.
 
@@ -174,7 +185,8 @@ def long_edge_buckets_from_files(
     def rounded(centres: Points) -> Sizes:
         return _multiples(centres, step_size)
 
-    return _buckets(images, _fitted(images, known, features, rounded, num_bucket), "target_edge")
+    chosen = _fitted(images, known, features, rounded, num_bucket)
+    return _buckets(images, chosen, "target_edge", least=step_size if no_upscale else None)
 
 
 def fixed_bucket(
@@ -297,9 +309,15 @@ def _grid_sizes(
     return grid[[m[np.abs(ratios[m] - np.median(ratios[m])).argmin()] for m in members]]
 
 
-def _by_area(known: Sequence[Size], areas: Sequence[float]) -> list[Sizes]:
-    """Known sizes, those of each area together; an area that none is near has no table."""
+def _by_area(known: Sequence[Size], areas: Sequence[float], no_upscale: bool) -> list[Sizes]:
+    """Known sizes, those of each area together; an area that none is near has no table.
+
+    With `no_upscale` sizes far below the areas were made for small images, and are left out.
+    """
     table = _array(known)
+    large = table.prod(axis=1) > areas[0] * 2 / 3
+    if no_upscale and large.any():
+        table = table[large]
     apart = np.abs(np.log2(table.prod(axis=1))[:, None] - np.log2(areas))
     groups = [table[apart.argmin(axis=1) == index] for index in range(len(areas))]
     return [group for group in groups if len(group)]
@@ -320,10 +338,18 @@ def _largest_filled(images: Sizes, choices: Sequence[Sizes]) -> Sizes:
     return chosen
 
 
-def _buckets(images: Sizes, chosen: Sizes, option: str, *, scaled: bool = True) -> Buckets:
-    """Buckets of each image's size; equal images have one, whatever KMeans' rounding says."""
+def _buckets(
+    images: Sizes, chosen: Sizes, option: str, *, scaled: bool = True, least: int | None = None
+) -> Buckets:
+    """Buckets of each image's size; equal images have one, whatever KMeans' rounding says. With a
+    step, the `least` change of a size, none enlarges its images."""
     _, first, same = np.unique(images, axis=0, return_index=True, return_inverse=True)
     chosen = chosen[first][same.reshape(-1)]
+    small = (chosen > images).any(axis=1, keepdims=True) & (least is not None)
+    if least is not None:
+        shrunk = chosen * (images / chosen).min(axis=1, keepdims=True)
+        # A side that the image gives exactly may come out a little less than whole.
+        chosen = np.where(small, np.floor(shrunk / least + 1e-9).astype(int) * least, chosen)
     empty = np.flatnonzero(chosen.min(axis=1) < VAE_STRIDE)
     if empty.size:
         worst = max(empty.tolist(), key=lambda image: abs(_log_ratios(images[[image]])[0]))
@@ -333,7 +359,8 @@ def _buckets(images: Sizes, chosen: Sizes, option: str, *, scaled: bool = True) 
             f"rounded to step_size; crop or remove that image, or change {option}"
         )
     kept, assignment = np.unique(chosen, axis=0, return_inverse=True)
-    return Buckets([(w, h) for w, h in kept.tolist()], assignment.reshape(-1), scaled)
+    sizes = [(width, height) for width, height in kept.tolist()]
+    return Buckets(sizes, assignment.reshape(-1), scaled, int(small.sum()))
 
 
 class Fit(NamedTuple):

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from jaxft import tensor_file
 from jaxft.errors import UserError
+from jaxft.hosts import progress
 
 SHARD_BYTES, SHARD_ARRAYS, SHARD_SECONDS = 64 * 2**20, 10_000, 30
 """A shard is written when it has as much of one of these: what a kill can lose."""
@@ -144,7 +144,7 @@ class Disk:
         total = sum(map(len, by_shard.values()))
         with (
             ThreadPoolExecutor(self._workers) as pool,
-            tqdm(desc=f"checking {self._folder}", total=total, unit="array") as bar,
+            progress(desc=f"checking {self._folder}", total=total, unit="array") as bar,
         ):
             for shard, good in zip(by_shard, pool.map(_intact, by_shard.values()), strict=True):
                 if not good:

@@ -247,6 +247,24 @@ def slack(original: tuple[int, int], size: tuple[int, int], *, scaled: bool) -> 
     return columns, rows
 
 
+Box = tuple[float, float, float, float]
+"""A part of an image: left, top, right and bottom, as shares of its width and height."""
+
+WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+
+
+def around(box: Box, original: tuple[int, int], size: tuple[int, int], *, scaled: bool) -> View:
+    """The view at `size` that has a box as near to its middle as the image's edges let it: all of
+    the box is shown if there is room."""
+    shares = []
+    for start, end, cut, wanted in zip(
+        box[:2], box[2:], slack(original, size, scaled=scaled), size, strict=True
+    ):
+        before = (start + end) / 2 * (wanted + cut) - wanted / 2
+        shares.append(min(max(before / cut, 0.0), 1.0) if cut else 0.5)
+    return View(*shares)
+
+
 def corner(
     original: tuple[int, int], size: tuple[int, int], view: View = CENTRE, *, scaled: bool
 ) -> tuple[int, int]:

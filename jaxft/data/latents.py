@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from tqdm import tqdm
 
 from jaxft.data.buckets import VAE_STRIDE
 from jaxft.data.disk import Disk, Memory
 from jaxft.data.images import View
 from jaxft.data.source import Record, pixels
 from jaxft.errors import UserError
+from jaxft.hosts import progress
 
 RECIPE = 1
 """To be raised when the way from a file to its moments changes: caches on disk outlive versions."""
@@ -74,7 +74,7 @@ def cache(
     with (
         store,
         ThreadPoolExecutor(workers) as pool,
-        tqdm(desc="encoding images", total=len(missing), unit="image") as bar,
+        progress(desc="encoding images", total=len(missing), unit="image") as bar,
     ):
         for (size, batch), images in _ahead(pool, batches):
             filled = images + [images[-1]] * (batch_size - len(images))

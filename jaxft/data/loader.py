@@ -26,6 +26,12 @@ Batch = dict[str, np.ndarray]
 `negative_input_ids` (and `negative_input_ids_2`)."""
 
 
+Rows = slice | np.ndarray
+"""Some rows of a batch."""
+
+ALL = slice(None)
+
+
 class Shape(NamedTuple):
     """A bucket: its size (width, height), and its images and batches in an epoch."""
 
@@ -85,7 +91,7 @@ class Dataset:
         return [
             (view, size)
             for record, size in zip(self.records, self.sizes, strict=True)
-            for view in source.views(record)
+            for view in source.views(record, size)
         ]
 
     @property
@@ -108,7 +114,7 @@ class Dataset:
                 names.append(record.path.name)
         return names
 
-    def batch(self, n: int, rows: slice = slice(None)) -> Batch:
+    def batch(self, n: int, rows: Rows = ALL) -> Batch:
         """Batch n, or some rows of it (the share of one process among several).
 
         Raises:
@@ -190,7 +196,7 @@ class _Endless:
     """The batches of a data set, epoch after epoch, as grain asks for them."""
 
     dataset: Dataset
-    rows: slice
+    rows: Rows
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -200,7 +206,7 @@ class _Endless:
 
 
 def open(
-    dataset: Dataset, start: int = 0, *, workers: int = 4, rows: slice = slice(None)
+    dataset: Dataset, start: int = 0, *, workers: int = 4, rows: Rows = ALL
 ) -> grain.DatasetIterator[Batch]:
     """Batches start, start + 1, … without end, made ahead in `workers` threads (0: none).
 

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 from jaxft.data import images, listing
@@ -29,6 +29,8 @@ class Mask(NamedTuple):
     path: Path
     digest: str
     """SHA-256 of it."""
+    shown: images.Box = images.WHOLE
+    """The part of the image that a crop should keep; see `_shown`."""
 
 
 class Found(NamedTuple):
@@ -75,13 +77,26 @@ def check(data: bytes, path: Path, original: tuple[int, int]) -> Mask:
     Raises:
         UserError: the file is no image, or of another shape.
     """
-    width, height = _grey(data).size
+    grey = _grey(data)
+    width, height = grey.size
     if abs(width * original[1] / (height * original[0]) - 1) > MAX_APART:
         raise UserError(
             f"the mask is {width}x{height}, its image {original[0]}x{original[1]}: give both one "
             "shape"
         )
-    return Mask(path, hashlib.sha256(data).hexdigest())
+    return Mask(path, hashlib.sha256(data).hexdigest(), _shown(np.asarray(grey)))
+
+
+def _shown(grey: UInt8[np.ndarray, "h w"]) -> images.Box:
+    """The box around all that is brighter than the mask's mean; all, where nothing is."""
+    bright = grey > grey.mean()
+    if not bright.any():
+        return images.WHOLE
+    (left, right), (top, bottom) = (
+        np.flatnonzero(bright.any(axis=axis))[[0, -1]].tolist() for axis in (0, 1)
+    )
+    height, width = grey.shape
+    return left / width, top / height, (right + 1) / width, (bottom + 1) / height
 
 
 def weights(

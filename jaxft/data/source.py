@@ -22,8 +22,8 @@ from jaxft.errors import UserError
 _MOST_TOLD = 100
 """Problems in one message."""
 
-Crop = Literal["center", "random"]
-"""Which part of an image is kept."""
+Crop = Literal["center", "random", "mask"]
+"""Which part of an image is kept: `mask`, what its mask shows."""
 
 
 class Record(NamedTuple):
@@ -88,7 +88,7 @@ def index(
         raise UserError(f"repeat: {repeat} must be at least 1")
     mask_root = resolve(att_mask) if att_mask is not None else None
     found = listing.find(root, recursive=recursive, without=[mask_root] if mask_root else [])
-    covers = _masks(mask_root, root, found.names, recursive=recursive)
+    covers = _masks(mask_root, root, found.names, crop, recursive=recursive)
     texts = captions.load(
         _place(caption_file),
         found.names,
@@ -120,8 +120,10 @@ def index(
 
 
 def _masks(
-    mask_root: Path | None, root: Path, names: Sequence[str], *, recursive: bool
+    mask_root: Path | None, root: Path, names: Sequence[str], crop: Crop, *, recursive: bool
 ) -> masks.Found:
+    if mask_root is None and crop == "mask":
+        raise UserError("crop: mask keeps what a mask shows; name att_mask, or use center")
     if mask_root is None:
         return masks.Found([None] * len(names), [], [])
     if mask_root.resolve() == root.resolve():
@@ -236,7 +238,7 @@ def loss_weights(record: Record, size: tuple[int, int]) -> Float[np.ndarray, "h/
     """
     if record.mask is None:
         return np.ones((size[1] // VAE_STRIDE, size[0] // VAE_STRIDE), np.float32)
-    data = _unchanged(*record.mask)
+    data = _unchanged(record.mask.path, record.mask.digest)
     return masks.weights(data, record.size, size, record.view, scaled=record.scaled)
 
 
@@ -253,6 +255,7 @@ def _unchanged(path: Path, digest: str) -> bytes:
 
 def framed(record: Record, size: tuple[int, int], pick: int) -> Record:
     """The record with the view at `size` that a number of 64 bits chooses."""
+    record = _settled(record, size)
     view = record.view
     if record.crop == "random":
         columns, rows = map(round, images.slack(record.size, size, scaled=record.scaled))
@@ -261,10 +264,20 @@ def framed(record: Record, size: tuple[int, int], pick: int) -> Record:
     return record._replace(view=view.mirror() if record.flip and pick % 2 else view)
 
 
-def views(record: Record) -> list[Record]:
-    """The record with each of the views that `framed` can give it; none of them drawn at random."""
+def views(record: Record, size: tuple[int, int]) -> list[Record]:
+    """The record with each of the views at `size` that `framed` can give it; none of them drawn at
+    random."""
     assert record.crop != "random", "such views are not counted"
+    record = _settled(record, size)
     return [record] + ([record._replace(view=record.view.mirror())] if record.flip else [])
+
+
+def _settled(record: Record, size: tuple[int, int]) -> Record:
+    """The record with the view that its mask asks for, if that says what is kept."""
+    if record.crop != "mask" or record.mask is None:
+        return record
+    view = images.around(record.mask.shown, record.size, size, scaled=record.scaled)
+    return record._replace(view=view)
 
 
 def prompt(record: Record, pick: int) -> str:

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Int
-from tqdm import tqdm
 
 from jaxft.data.disk import Disk, Memory
+from jaxft.hosts import progress
 from jaxft.shapes import TEXT_STATES
 
 RECIPE = 1
@@ -47,7 +47,7 @@ def cache(
     prompts = {key(ids): ids for ids in wanted}
     lacking = store.missing((digest, name) for digest in prompts for name in names)
     digests = list(dict.fromkeys(digest for digest, _ in lacking))
-    with store, tqdm(desc="encoding prompts", total=len(digests), unit="prompt") as bar:
+    with store, progress(desc="encoding prompts", total=len(digests), unit="prompt") as bar:
         for start in range(0, len(digests), batch_size):
             batch = digests[start : start + batch_size]
             filled = batch + [batch[-1]] * (batch_size - len(batch))

@@ -1,0 +1,134 @@
+"""A plan on the devices: networks, frozen weights, and the programs of a run."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft import mesh as meshes
+from jaxft import params, selection, words
+from jaxft import plan as plans
+from jaxft.compiled import Programs
+from jaxft.data.loader import Dataset
+from jaxft.params import abstract
+from jaxft.plan import Plan
+from jaxft.step import Objective, TrainState, Weights
+from jaxft.tuning import adapters
+
+REMAT = {True: "blocks", False: "none"}
+"""Policies that `model.gradient_checkpointing` may name by yes or no."""
+
+
+class Run(NamedTuple):
+    """What the loop needs, on the devices."""
+
+    plan: Plan
+    programs: Programs
+    frozen: Weights
+    key: jax.Array
+
+
+def put(plan: Plan, weights: Weights) -> Weights:
+    """Weights on the devices, split as the mesh says."""
+    return meshes.put(weights, meshes.shardings(plan.mesh, weights))
+
+
+def assemble(plan: Plan) -> Run:
+    """Networks and frozen weights; of the VAE only what steps need."""
+    config, parts, family = plan.config, plan.model.parts, plan.model.family
+    dtype = jnp.dtype(plans.COMPUTE[config.mixed_precision])
+    policy = config.model.gradient_checkpointing
+    remat = REMAT[policy] if isinstance(policy, bool) else policy
+    options = {"unet": {"remat": remat}}
+    labels, loras = plan.selection.labels, plan.selection.adapters
+    frozen: dict[str, Any] = {
+        name: {k: v for k, v in part.params.items() if k not in labels.get(name, {})}
+        for name, part in parts.items()
+    }
+    frozen = {
+        name: params.cast(weights, np.float32 if name == "vae" else dtype)
+        for name, weights in frozen.items()
+    }
+    if all(dataset.moments is not None for dataset in plan.datasets):
+        del frozen["vae"]
+    if all(dataset.text is not None for dataset in plan.datasets):
+        for name in family.text_encoders:
+            del frozen[name]
+    elif plan.words.frozen:
+        frozen[words.PART] = dict(plan.words.frozen)
+
+    def build(name: str) -> Any:
+        network = family.networks[name](parts[name].config, **options.get(name, {}))
+        return adapters.attach(network, loras.get(name, {}))
+
+    clip_skip, final_norm = family.text_layer(config.model.clip_skip, config.model.clip_final_norm)
+    objective = Objective(
+        networks={name: abstract(lambda n=name: build(n))[0] for name in frozen if name in parts},
+        schedule=plan.noising,
+        scaling_factor=parts["vae"].config.get("scaling_factor", 0.18215),
+        dtype=dtype,
+        clip_skip=clip_skip,
+        clip_final_norm=final_norm,
+        loss=plan.loss,
+        dropouts={
+            name: keys for name, own in loras.items() if (keys := adapters.dropout_keys(own))
+        },
+    )
+    programs = Programs(
+        objective,
+        plan.optimizer,
+        plan.mesh,
+        loss_weights=[dataset.loss_weight for dataset in plan.datasets],
+        accumulation=plan.accumulation,
+        averages=plan.average is not None,
+    )
+    if any(dataset.teacher for dataset in plan.datasets):
+        frozen |= _teacher(initial(plan), dtype)
+    key = jax.jit(jax.random.key, out_shardings=meshes.replicated(plan.mesh))(config.seed)
+    return Run(plan, programs, put(plan, frozen), key)
+
+
+def initial(plan: Plan) -> dict[str, Any]:
+    """What is trained as it is before the first step, on the host."""
+    dtype = params.DTYPES[plan.config.train.weights_dtype]
+    trainable = selection.initial(plan.selection, plan.model, plan.config.seed, dtype)
+    return trainable | ({words.PART: plan.words.trained} if plan.words.groups else {})
+
+
+def _teacher(initial: Weights, dtype: Any) -> Weights:
+    """What is trained, as it is before the first step, beside the frozen weights."""
+    teacher: Weights = {}
+    for part, weights in initial.items():
+        name = f"teacher_{part.removeprefix('lora_')}"
+        teacher[name] = teacher.get(name, {}) | params.cast(weights, dtype)
+    return teacher
+
+
+def compile_all(run: Run, state: TrainState) -> None:
+    """Compiles all programs of a run, for the shapes of its batches."""
+    batches = [one_of_each_shape(dataset) for dataset in run.plan.datasets]
+    run.programs.compile(state, run.frozen, run.key, batches)
+
+
+def one_of_each_shape(dataset: Dataset) -> list[dict[str, jax.ShapeDtypeStruct]]:
+    """A batch of every shape that a data set has, without numbers."""
+    rows, batches = dataset.plan.batch_size, []
+    text = dataset.texts(dataset.records[:1], [0])
+    for width, height in (shape.size for shape in dataset.shapes):
+        batch: dict[str, tuple[tuple[int, ...], Any]] = {
+            name: ((rows, *value.shape[1:]), value.dtype) for name, value in text.items()
+        }
+        batch["weight"] = ((rows,), np.float32)
+        if dataset.teacher:
+            batch["teacher"] = ((rows,), np.float32)
+        if dataset.with_sizes:
+            batch["time_ids"] = ((rows, 6), np.float32)
+        if dataset.with_masks:
+            batch["mask"] = ((rows, height // 8, width // 8), np.float32)
+        if dataset.moments is None:
+            batch["pixel_values"] = ((rows, height, width, 3), np.uint8)
+        else:
+            batch["moments"] = ((rows, height // 8, width // 8, 8), np.float32)
+        batches.append({k: jax.ShapeDtypeStruct(*v) for k, v in batch.items()})
+    return batches
