@@ -40,30 +40,19 @@ def from_config(config: Config, selected: Selection, model: Model, total_steps: 
     Raises:
         UserError: an unknown name or option, or one that the optimizer does not have.
     """
-    train = config.train
+    train, groups = config.train, selected.groups
     _check_precision(train, selected, model)
-    rates, transforms, decayed = {}, {}, set[str]()
-    for group in selected.groups:
+    rates, transforms = {}, {}
+    for group in groups:
         if config.model.ema is not None and _averages(train, group):
             raise UserError(
                 f"model.ema: {group.name} is trained by {SCHEDULE_FREE}, whose weights are an "
                 "average already; leave model.ema out"
             )
-        options = train[f"scheduler{_end(group)}"]
-        rates[group.name] = rate = schedules.schedule(
-            options.name,
-            group.lr,
-            options.num_warmup_steps,
-            options.num_training_steps or total_steps,
-            **options.scheduler_kwargs.to_dict(),
-        )
-        transforms[group.name] = _build(train, group, rate)
-        if not train.decay_vectors and group.network != PART:
-            free = _build(train, group, rate, weight_decay=0.0)
-            transforms[group.name] = optimizers.split(transforms[group.name], vectors=free)
-            decayed.add(group.name)
-    notices = []
-    if not train.decay_vectors and decayed.isdisjoint(_groups_of_vectors(selected, model)):
+        rates[group.name] = _rate(train, group, total_steps)
+        transforms[group.name] = _transform(train, group, total_steps)
+    notices, vectors = [], _groups_of_vectors(selected, model)
+    if not train.decay_vectors and all(g.network == PART or g.name not in vectors for g in groups):
         notices.append("train.decay_vectors: false has no effect: no norm and no bias is trained")
     optimizer = optimizers.grouped(selected.labels, transforms, train.max_grad_norm)
     return Steering(rates, optimizer, notices)
@@ -80,6 +69,34 @@ def _check_precision(train: Config, selected: Selection, model: Model) -> None:
 def _end(group: Group) -> str:
     """Of the keys of its optimizer and schedule: words have their own."""
     return "_pt" if group.network == PART else ""
+
+
+def _rate(train: Config, group: Group, total_steps: int, factor: float = 1.0) -> schedules.Rate:
+    options = train[f"scheduler{_end(group)}"]
+    return schedules.schedule(
+        options.name,
+        group.lr * factor,
+        options.num_warmup_steps,
+        options.num_training_steps or total_steps,
+        **options.scheduler_kwargs.to_dict(),
+    )
+
+
+def _transform(train: Config, group: Group, total_steps: int) -> optax.GradientTransformation:
+    """A group's optimizer; of a LoRA's `up` and of norms and biases another, where they differ."""
+    rate = _rate(train, group, total_steps)
+    variants = {"": _build(train, group, rate)}
+    if not train.decay_vectors and group.network != PART:
+        variants["vector"] = _build(train, group, rate, weight_decay=0.0)
+    if group.up_ratio != 1:
+        variants["up"] = _build(train, group, _rate(train, group, total_steps, group.up_ratio))
+
+    def choose(name: str, weight: Any) -> str:
+        if "vector" in variants and optimizers.is_vector(name, weight.ndim):
+            return "vector"
+        return "up" if "up" in variants and name.endswith(".up") else ""
+
+    return optimizers.split(variants, choose)
 
 
 def _build(train: Config, group: Group, rate: schedules.Rate, **forced: Any) -> Any:

@@ -258,11 +258,12 @@ def _group_line(plan: Plan, group: Group) -> str:
     total = sum(map(params.count, networks))
     weights = int(sum(own)) + sum(adapter.size for adapter in low)
     tensors = f"{len(own)} tensors"
+    faster = f" (of up {group.lr * group.up_ratio:.3g})" if group.up_ratio != 1 else ""
     if low:
         tensors = loras.describe(low)
     return (
         f"{group.name:10}{weights:>13,} weights ({100 * weights / total:.1f} %) in "
-        f"{tensors}, rate {group.lr:.3g}, layers {', '.join(map(repr, group.layers))}"
+        f"{tensors}, rate {group.lr:.3g}{faster}, layers {', '.join(map(repr, group.layers))}"
     )
 
 

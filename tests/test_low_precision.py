@@ -179,7 +179,8 @@ def losses(setup):
     """Final loss after a short training, by the precision of moments and weights."""
     weights = setup.trainable["unet"]
     chosen = {name: weights[name] for name in weights if name.startswith(LAYERS)}
-    frozen = setup.frozen | {"unet": {n: w for n, w in weights.items() if n not in chosen}}
+    rest = {name: jnp.asarray(w) for name, w in weights.items() if name not in chosen}
+    frozen = setup.frozen | {"unet": rest}
     gradients = jax.jit(
         lambda trained, batch, key: step.gradients(
             setup.objective, 1.0, trained, frozen, batch, key, None

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, UInt8
 
-from jaxft.tuning.optimizers import PACKED, SMALL, adamw, split
+from jaxft.tuning.optimizers import PACKED, SMALL, adamw, is_vector, split
 from jaxft.tuning.schedules import Rate
 
 BLOCK = 256
@@ -75,9 +75,11 @@ def adamw_8bit(
     weight_decay: float = 1e-2,
 ) -> optax.GradientTransformation:
     """`bitsandbytes.optim.AdamW8bit`, on any device: plain XLA."""
-    matrices = _in_blocks(learning_rate, betas, eps, weight_decay)
-    vectors = adamw(learning_rate, betas=betas, eps=eps, weight_decay=weight_decay)
-    return split(matrices, vectors=vectors)
+    variants = {
+        "matrix": _in_blocks(learning_rate, betas, eps, weight_decay),
+        "vector": adamw(learning_rate, betas=betas, eps=eps, weight_decay=weight_decay),
+    }
+    return split(variants, lambda name, w: "vector" if is_vector(name, w.ndim) else "matrix")
 
 
 def _in_blocks(

@@ -19,6 +19,34 @@ class Group(NamedTuple):
     lr: float
     optimizer: Mapping[str, Any] = MappingProxyType({})
     """Its own options of the optimizer; with `_target_`, of an optimizer of its own."""
+    up_ratio: float = 1.0
+    """Rate of a LoRA's `up` over the group's; Hayou et al. 2024 (https://arxiv.org/abs/2402.12354)."""
+
+
+PRESETS: dict[str, dict[str, list[str]]] = {
+    "attn": {"unet": [r"re:.*\.attn\d+$"], "text_encoder": [r"re:.*\bself_attn$"]},
+    "attn-mlp": {
+        "unet": [r"re:.*\battentions\.\d+$"],
+        "text_encoder": [r"re:.*\bself_attn$", r"re:.*\bmlp$"],
+    },
+    "full": {"unet": [""], "text_encoder": [""]},
+}
+"""Name -> network -> patterns: attention; whole transformers, as in kohya's trainer; everything."""
+
+
+def layers(chosen: str | Sequence[str], network: str, where: str) -> Sequence[str]:
+    """The patterns of a group: its own, or those of a preset.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    if not isinstance(chosen, str):
+        return chosen
+    if chosen not in PRESETS:
+        raise UserError(
+            f"{where}: {chosen!r} is none of {', '.join(PRESETS)}; patterns: [{chosen!r}]"
+        )
+    return PRESETS[chosen][network]
 
 
 Labels = dict[str, dict[str, str]]

@@ -1,6 +1,6 @@
 """Optimizers by the names that configurations use."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -154,16 +154,18 @@ def is_vector(name: str, ndim: int) -> bool:
 
 
 def split(
-    optimizer: optax.GradientTransformation, *, vectors: optax.GradientTransformation
+    variants: Mapping[str, optax.GradientTransformation], choose: Callable[[str, Any], str]
 ) -> optax.GradientTransformation:
-    """The first optimizer for matrices and kernels, the other for `vectors` (`is_vector`)."""
+    """One of several optimizers for each weight, chosen by its name and array."""
+    if len(variants) == 1:
+        return next(iter(variants.values()))
 
     def labels(weights: Any) -> Any:
         return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: is_vector(path[-1].key, leaf.ndim), weights
+            lambda path, leaf: choose(path[-1].key, leaf), weights
         )
 
-    return optax.multi_transform({False: optimizer, True: vectors}, labels)
+    return optax.multi_transform(variants, labels)
 
 
 def grouped(
