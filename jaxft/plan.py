@@ -62,6 +62,8 @@ class Plan(NamedTuple):
     average: Average | None
     """How a moving average of what is trained is kept."""
     datasets: list[Dataset]
+    held_out: list[Dataset]
+    """What is seen in validation alone."""
     total_steps: int
     notices: list[str]
     """What the user should know, a line each."""
@@ -109,12 +111,12 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
     warm_start.check_words(begun, vocabulary.groups)
     selected = selection.select(config, model, factors[train.scale_lr], vocabulary.groups)
     selected = warm_start.select(selected, begun)
-    sets, told = datasets.read(config, model, vocabulary, mesh.size)
+    sets, held_out, told = datasets.read(config, model, vocabulary, mesh.size)
     words.check_said(vocabulary, sets)
     judged = loss_options.from_config(train, noising)
-    datasets.check_guidance(judged, sets)
+    datasets.check_guidance(judged, [*sets, *held_out])
     datasets.check_latent_caches(config, sets)
-    datasets.check_text_caches(config, selected.labels, sets)
+    datasets.check_text_caches(config, selected.labels, [*sets, *held_out])
     total_steps = _total_steps(train, sets[0].num_batches)
     rates, transforms = _transforms(train, selected.groups, total_steps)
     return Plan(
@@ -129,6 +131,7 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
         optimizers.grouped(selected.labels, transforms, train.max_grad_norm),
         averaging.from_config(config, total_steps),
         sets,
+        held_out,
         total_steps,
         [
             *notices,
@@ -174,7 +177,7 @@ def _total_steps(train: Config, num_batches: int) -> int:
 
 def _images_per_update(config: Config, num_devices: int) -> int:
     """By which `scale_lr` and `scale_lr_pt` multiply rates."""
-    images = sum(options.batch_size for options in config.data.values())
+    images = sum(data.batch_size for data in config.data.values() if data.held_out < 1)
     return images * num_devices * config.train.gradient_accumulation_steps
 
 
@@ -213,6 +216,7 @@ def describe(plan: Plan) -> str:
         ("devices", [f"{devices} ({layout}), computing in {COMPUTE[config.mixed_precision]}"]),
         ("train", [_group_line(plan, group) for group in plan.selection.groups]),
         ("data", [line for dataset in plan.datasets for line in _dataset_lines(dataset)]),
+        ("held out", _validation_lines(plan)),
         (
             "steps",
             [
@@ -230,6 +234,17 @@ def describe(plan: Plan) -> str:
         for title, lines in blocks
         for i, line in enumerate(lines)
     )
+
+
+def _validation_lines(plan: Plan) -> list[str]:
+    """What is held out, and when and how it is judged."""
+    options, count = plan.config.train.validation, len(plan.noising.alphas_cumprod)
+    return [
+        f"{dataset.name}: {len(dataset.records)} images; their loss is computed before step 1, "
+        f"every {options.every} updates and at the end, at {min(options.timesteps, count)} "
+        f"timesteps"
+        for dataset in plan.held_out
+    ]
 
 
 def _loss_lines(train: Config) -> list[str]:

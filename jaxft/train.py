@@ -31,6 +31,7 @@ from jaxft.plan import Plan
 from jaxft.records import Numbers, Parts, export, lasting, parts_of, words_of
 from jaxft.signals import Stop
 from jaxft.step import TrainState
+from jaxft.validation import Validation
 
 UNSAVED = {
     ".lock",
@@ -40,6 +41,7 @@ UNSAVED = {
     "train.log",
     "metrics.jsonl",
     "tblog",
+    "validation",
     "state",
 }
 """What a run leaves behind that ended before its first checkpoint."""
@@ -224,6 +226,9 @@ def _loop(
     plan, every = run.plan, run.plan.config.train.save_step
     numbers, data = Numbers(plan, log, start), _fingerprint(plan)
     asked, largest = 0, hosts.Largest(plan.mesh)
+    validation = Validation(run, folder, log)
+    if not start:
+        validation(0, state)
     log.start()
     with (
         closing(checkpoints),
@@ -239,6 +244,10 @@ def _loop(
             log.advance(step)
             asked = largest(stop.requested or 0)
             last = step == plan.total_steps or asked
+            if validation.is_due(step) and not asked:
+                numbers.flush()
+                with log.paused():
+                    validation(step, state)
             if last or step % every == 0:
                 numbers.flush()
                 checkpoints.save(step, state, {"data": data})

@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 LAYERS = (
     {"errors", "shapes"},
     {"builtin", "hosts", "tensor_file"},
-    {"arithmetic", "checkpoint", "cli", "compile_cache", "gallery", "lock", "log", "mesh"}
+    {"arithmetic", "charts", "checkpoint", "cli", "compile_cache", "gallery", "lock", "log", "mesh"}
     | {"params", "patterns", "schema", "signals", "data", "models"},
     {"lycoris", "origins", "report"},
     {"low_rank"},
@@ -21,6 +21,7 @@ LAYERS = (
     {"datasets"},
     {"compiled", "explain", "inspection", "pickled", "plan", "start", "verify"},
     {"assembly", "caches", "records"},
+    {"validation"},
     {"convert", "sample", "train"},
 )
 """Modules and packages, from the bottom: imports point down, or stay within a package."""
