@@ -1,4 +1,4 @@
-"""Curves as a picture."""
+"""Curves, and several images, as one picture."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -39,3 +39,15 @@ def draw(
         pen.line(points, color, 2)
         pen.text((MARGIN + 120 * number, height - 20), name, color)
     return np.asarray(image)
+
+
+def tile(images: Sequence[UInt8[np.ndarray, "h w 3"]]) -> UInt8[np.ndarray, "H W 3"]:
+    """Images of one size side by side, row by row, in a square or near it."""
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    height, width, _ = images[0].shape
+    whole = np.full((rows * height, columns * width, 3), 255, np.uint8)
+    for number, image in enumerate(images):
+        row, column = divmod(number, columns)
+        whole[row * height : (row + 1) * height, column * width : (column + 1) * width] = image
+    return whole

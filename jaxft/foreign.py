@@ -65,7 +65,10 @@ REFUSED: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
     },
     "plugin_unet": (_NOTHING, "no ControlNet or other plugins"),
     "plugin_TE": (_NOTHING, "no plugins"),
-    "previewer": (_NOTHING, "no images while training; use jaxft.sample"),
+    "previewer._target_": (
+        _one_of("hcpdiff.loggers.preview.ImagePreviewer", "ImagePreviewer"),
+        "the previewer is hcpdiff.loggers.preview.ImagePreviewer",
+    ),
     "train.resume.start_step": (
         _NOTHING,
         "a warm start begins with step 1; --resume RUN takes up a run's whole state, step and all",

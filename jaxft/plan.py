@@ -21,6 +21,7 @@ from jaxft import (
     gallery,
     loss_options,
     params,
+    previews,
     report,
     selection,
     warm_start,
@@ -35,6 +36,7 @@ from jaxft.diffusion import guidance, schedule
 from jaxft.diffusion.losses import Loss
 from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder, single_file
+from jaxft.previews import Preview
 from jaxft.selection import Selection
 from jaxft.tuning import adapters as loras
 from jaxft.tuning import optimizers, schedules
@@ -64,6 +66,8 @@ class Plan(NamedTuple):
     datasets: list[Dataset]
     held_out: list[Dataset]
     """What is seen in validation alone."""
+    preview: Preview | None
+    """What is painted while training."""
     total_steps: int
     notices: list[str]
     """What the user should know, a line each."""
@@ -118,6 +122,7 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
     datasets.check_latent_caches(config, sets)
     datasets.check_text_caches(config, selected.labels, [*sets, *held_out])
     total_steps = _total_steps(train, sets[0].num_batches)
+    preview = previews.read(config, model, vocabulary)
     rates, transforms = _transforms(train, selected.groups, total_steps)
     return Plan(
         config,
@@ -132,6 +137,7 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
         averaging.from_config(config, total_steps),
         sets,
         held_out,
+        preview,
         total_steps,
         [
             *notices,
@@ -226,6 +232,7 @@ def describe(plan: Plan) -> str:
             ],
         ),
         ("loss", _loss_lines(config.train)),
+        ("preview", previews.told(plan.preview)),
         ("average", averaging.told(plan.average)),
         ("notice", plan.notices),
     ]

@@ -3,7 +3,7 @@
 import argparse
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from jaxft import __version__, compat, compile_cache, gallery, merging, params
 from jaxft import config as configuration
+from jaxft import mesh as meshes
 from jaxft.cli import run
 from jaxft.config import Config
 from jaxft.data.prompt_weights import WeightedText, WeightedTokenizer, parse
@@ -93,8 +94,9 @@ def sample(config: Config) -> None:
     print(f"wrote {len(requests)} images to {out_dir}")
 
 
-def make_requests(config: Config) -> list[Request]:
-    """What to make, image by image; draws and prints seeds where none are given.
+def make_requests(config: Config, seed: Any = None) -> list[Request]:
+    """What to make, image by image; seeds are `seed`, else the configuration's, else drawn and
+    printed.
 
     Raises:
         UserError: a list of another length than num × bs, or a seed out of range.
@@ -103,7 +105,7 @@ def make_requests(config: Config) -> list[Request]:
         if config[key] < 1:
             raise UserError(f"{key} must be at least 1, not {config[key]}")
     count = config.num * config.bs
-    seed = config.seed
+    seed = config.seed if seed is None else seed
     if seed is None:
         seed = random.SystemRandom().randrange(2**30)
         print(f"seed={seed}")
@@ -132,18 +134,48 @@ def paint(
     Raises:
         UserError: a prompt, the sampler, the size or a tokenizer is not usable.
     """
+    tokenizers = make_tokenizers(model)
+    if config.emb_dir:
+        model = add_words(model, tokenizers, Path(config.emb_dir))
+    work = prepare(requests, model, config, tokenizers)
+    held = {name: part.params for name, part in model.parts.items()}
+    if not config.amp:
+        dtype, encoders = params.DTYPES[config.dtype], model.family.text_encoders
+        held |= {name: params.cast(held[name], dtype) for name in ("unet", *encoders)}
+    networks = {
+        name: params.abstract(lambda n=network, c=model.parts[name].config: n(c))[0]
+        for name, network in model.family.networks.items()
+    }
+    images = generate_images(work, model, networks, jax.device_put(held), config)
+    # The first image waits for the compiler: the bar stands at 0 meanwhile.
+    return iter(tqdm(images, total=len(requests), unit="image", desc="sampling"))
+
+
+class Work(NamedTuple):
+    """What is to be sampled, as numbers."""
+
+    table: Table
+    batches: list[tuple[Prompts, Prompts, Latents]]
+    """Prompts, negative prompts and noise of `bs` images at a time."""
+
+
+def prepare(
+    requests: Sequence[Request],
+    model: Model,
+    config: Config,
+    tokenizers: Sequence[WeightedTokenizer],
+) -> Work:
+    """Requests as numbers.
+
+    Raises:
+        UserError: a prompt, the sampler or the size is not usable.
+    """
     texts = [(parse(r.prompt), parse(r.negative_prompt)) for r in requests]
     steps = config.infer_args.num_inference_steps
     table = make_table(model, steps, config.new_components.scheduler)
     noise = make_noise(config, model, [request.seed for request in requests])
-    tokenizers = make_tokenizers(model)
-    if config.emb_dir:
-        model = add_words(model, tokenizers, Path(config.emb_dir))
     _warn_of_cut(tokenizers[0], texts, config.N_repeats)
-    batches = make_batches(texts, noise, config, tokenizers)
-    images = generate_images(model, table, batches, config)
-    # The first image waits for the compiler: the bar stands at 0 meanwhile.
-    return iter(tqdm(images, total=len(requests), unit="image", desc="sampling"))
+    return Work(table, list(make_batches(texts, noise, config, tokenizers)))
 
 
 def load_model(config: Config) -> Model:
@@ -311,36 +343,40 @@ def make_batches(
 
 
 def generate_images(
+    work: Work,
     model: Model,
-    table: Table,
-    batches: Iterator[tuple[Prompts, Prompts, Latents]],
+    networks: Mapping[str, Any],
+    weights: Mapping[str, Any],
     config: Config,
 ) -> Iterator[tuple[np.ndarray, bool]]:
-    """Each image [h, w, 3] uint8, and whether all of its numbers were finite."""
-    dtype, parts, family = params.DTYPES[config.dtype], model.parts, model.family
-    graphdefs = {
-        name: params.abstract(lambda n=network, c=parts[name].config: n(c))[0]
-        for name, network in family.networks.items()
-    }
+    """Each image [h, w, 3] uint8, and whether all of its numbers were finite.
+
+    Args:
+        work: what to sample.
+        model: whose images they are.
+        networks: network -> its structure (`nnx.GraphDef`).
+        weights: network -> its weights on the devices.
+        config: of sampling.
+    """
+    family = model.family
     encoders = family.text_encoders
     clip_skip, final_norm = family.text_layer(config.clip_skip, config.clip_final_norm)
+    structures, held = (
+        Networks(of["unet"], of["vae"], tuple(of[name] for name in encoders))
+        for of in (networks, weights)
+    )
     program = generate.program(
-        Networks(graphdefs["unet"], graphdefs["vae"], tuple(graphdefs[name] for name in encoders)),
-        scaling_factor=parts["vae"].config.get("scaling_factor", 0.18215),
+        structures,
+        scaling_factor=model.parts["vae"].config.get("scaling_factor", 0.18215),
         clip_skip=clip_skip,
         final_norm=final_norm,
-        dtype=dtype,
+        dtype=params.DTYPES[config.dtype],
     )
-    held = {name: part.params for name, part in parts.items()}
-    if not config.amp:
-        held |= {name: params.cast(held[name], dtype) for name in ("unet", *encoders)}
-    texts = tuple(held[name] for name in encoders)
-    weights = jax.device_put(Networks(held["unet"], held["vae"], texts))
     scale = float(config.infer_args.guidance_scale)
-    for positive, negative, noise in batches:
+    for positive, negative, noise in work.batches:
         prompts = generate.guided_by(scale, negative, positive)
-        pixels, finite = program(weights, prompts, scale, noise, table)
-        yield from zip(np.asarray(pixels), np.asarray(finite).tolist(), strict=True)
+        pixels, finite = meshes.fetch(program(held, prompts, scale, noise, work.table))
+        yield from zip(pixels, finite.tolist(), strict=True)
 
 
 def write(

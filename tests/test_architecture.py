@@ -18,11 +18,12 @@ LAYERS = (
     {"diffusion", "foreign", "formats", "tuning"},
     {"compat", "config", "merging", "selection", "step"},
     {"averaging", "loss_options", "warm_start", "words"},
-    {"datasets"},
+    {"datasets", "sample"},
+    {"previews"},
     {"compiled", "explain", "inspection", "pickled", "plan", "start", "verify"},
     {"assembly", "caches", "records"},
-    {"validation"},
-    {"convert", "sample", "train"},
+    {"painter", "validation"},
+    {"convert", "train"},
 )
 """Modules and packages, from the bottom: imports point down, or stay within a package."""
 

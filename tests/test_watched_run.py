@@ -1,4 +1,4 @@
-"""The loss of held-out images: PyTorch's, the same whenever computed, and no part of the run."""
+"""Losses of held-out images and previews: PyTorch's, the sampler's, and no part of the run."""
 
 import json
 from pathlib import Path
@@ -14,18 +14,28 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextModel
 
-from jaxft import assembly, caches, datasets, plan, train, validation
+from jaxft import (
+    assembly,
+    caches,
+    datasets,
+    plan,
+    sample,
+    tensor_file,
+    train,
+    validation,
+)
 from jaxft import config as configs
 from jaxft.data import latents, source
 from jaxft.errors import UserError
+from jaxft.formats import embeddings
 from tests.data_fixtures import photo_folder
 
-STEPS = 3
+STEPS, WORD = 3, "pt-x1"
 
 
 @pytest.fixture(scope="module")
 def recipe(nano_model, tmp_path_factory) -> Path:
-    """A LoRA that drops values, and an average; two data sets, of which one is never trained on."""
+    """A LoRA that drops values, a word and an average; one data set is never trained on."""
     folder = tmp_path_factory.mktemp("recipe")
 
     def data(name: str, count: int, **more: Any) -> dict[str, Any]:
@@ -43,10 +53,21 @@ def recipe(nano_model, tmp_path_factory) -> Path:
             **more,
         }
 
+    infer = {
+        "_base_": ["configs/infer/text2img.yaml"],
+        "prompt": ["a photo of", f"the {{{WORD}:1.2}} of"],
+        "neg_prompt": "on",
+        "bs": 2,
+        "seed": 3,
+        "dtype": "fp32",
+        "infer_args": {"width": 64, "height": 64, "num_inference_steps": 3},
+    }
+    (folder / "infer.yaml").write_text(yaml.safe_dump(infer))
     lora = {"lr": 1e-2, "rank": 2, "dropout": 0.5, "layers": [r"re:down_blocks.*\.attn1$"]}
     tree = {
         "_base_": ["configs/train/train_base.yaml", "configs/train/tuning_base.yaml"],
         "lora_unet": [lora],
+        "tokenizer_pt": {"train": [{"name": WORD, "lr": 1e-2, "init_text": "*[0.1, 2]"}]},
         "mixed_precision": "no",
         "train": {
             "train_steps": STEPS,
@@ -62,29 +83,41 @@ def recipe(nano_model, tmp_path_factory) -> Path:
         },
         "data": {"trained": data("trained", 4), "seen": data("seen", 5, held_out=1)},
         "export": None,
+        "previewer": {"infer_cfg": str(folder / "infer.yaml"), "every": 2, "weights": "both"},
     }
+    tree["data"]["trained"]["source"]["photos"]["word_names"] = {"pt1": WORD}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
 
 
-def run(recipe: Path, folder: Path, *overrides: str) -> list[dict[str, Any]]:
-    """The records of a run, without what the clock says."""
-    argv = ["--config", str(recipe), f"exp_dir={folder}", *overrides]
-    assert train.main(argv) == 0
+@pytest.fixture(scope="module")
+def watched(recipe, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "watched"
+    assert train.main(["--config", str(recipe), f"exp_dir={folder}"]) == 0
+    return folder
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """Those of a run, without what the clock says."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     timing = ("time", "images_per_s")
     return [{k: v for k, v in line.items() if k not in timing} for line in lines]
 
 
-def test_a_run_is_the_same_bit_for_bit_with_and_without_it(recipe, tmp_path):
-    watched = run(recipe, tmp_path / "watched")
-    alone = run(recipe, tmp_path / "alone", "data.seen=---")
-    assert [line for line in watched if "total" in line] == alone
-    name = f"ckpts/unet-{STEPS}.safetensors"  # with the average in it
-    assert (tmp_path / "watched" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+def test_a_run_is_the_same_bit_for_bit_when_nobody_watches(recipe, watched, tmp_path):
+    folder = tmp_path / "alone"
+    overrides = ["data.seen=---", "previewer=null"]
+    assert train.main(["--config", str(recipe), f"exp_dir={folder}", *overrides]) == 0
+    assert [line for line in records(watched) if "total" in line] == records(folder)
+    for name in ("unet", WORD):  # of the UNet the average too
+        file = f"ckpts/{name}-{STEPS}.safetensors"
+        assert (watched / file).read_bytes() == (folder / file).read_bytes()
+    assert not (folder / "preview").exists()
 
-    judged = {line["step"]: line for line in watched if "total" not in line}
+
+def test_losses_are_logged_with_curve_and_picture(watched):
+    judged = {line["step"]: line for line in records(watched) if "total" not in line}
     assert [*judged] == [0, 2, STEPS]
     for step, line in judged.items():
         own = line["validation"]["seen"]
@@ -92,13 +125,47 @@ def test_a_run_is_the_same_bit_for_bit_with_and_without_it(recipe, tmp_path):
         assert (own["trained"] == own["average"]) == (step == 0)
         for which, mean in own.items():
             assert mean == pytest.approx(np.mean(line["curves"]["seen"][which]))
-        picture = Image.open(tmp_path / "watched" / "validation" / f"seen-{step}.png")
+        picture = Image.open(watched / "validation" / f"seen-{step}.png")
         assert len(set(picture.get_flattened_data())) > 3
     assert judged[0]["timesteps"] == [125, 375, 625, 875]
     assert judged[0]["validation"] != judged[STEPS]["validation"]
-    assert "validation seen: trained" in (tmp_path / "watched" / "train.log").read_text()
-    told = (tmp_path / "watched" / "plan.txt").read_text()
+    assert "validation seen: trained" in (watched / "train.log").read_text()
+    told = (watched / "plan.txt").read_text()
+    assert "2 images, 64 × 64, of the weights and their average" in told
     assert "seen: 5 images; their loss is computed before step 1, every 2 updates" in told
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_previews_are_the_samplers_images_of_the_part_files(recipe, watched, tmp_path, average):
+    paths = {step: watched / "preview" / f"{step}{'-ema' * average}.png" for step in (0, 2, STEPS)}
+    shown = {step: np.asarray(Image.open(path)).astype(int) for step, path in paths.items()}
+    assert len({*(watched / "preview").iterdir()}) == 2 * len(shown)
+    made = plan.prepare(*configs.load(str(recipe)))
+    for step in (0, STEPS):
+        embs = tmp_path / str(step)
+        group: dict[str, Any] = {}
+        rows = made.words.rows[WORD]
+        if step:
+            file = watched / "ckpts" / f"unet-{step}.safetensors"
+            group = {"unet": {"lora": [{"path": str(file)}]}, "load_ema": average}
+            rows = tensor_file.read(watched / "ckpts" / f"{WORD}-{step}.safetensors")["emb_params"]
+        embeddings.write(embs / f"{WORD}.safetensors", rows, [16])
+        config, _ = configs.load(
+            str(recipe.parent / "infer.yaml"),
+            [
+                f"pretrained_model={made.model.folder}",
+                f"emb_dir={embs}",
+                f"merge={yaml.safe_dump(group, default_flow_style=True, width=10**6).strip()}",
+            ],
+            "infer",
+        )
+        images = sample.paint(sample.make_requests(config), sample.load_model(config), config)
+        wanted = np.concatenate([pixels for pixels, _ in images], axis=1).astype(int)
+        # Beside the weights and in them, a LoRA adds up in another order; the word's average is
+        # in no file.
+        same = shown[step][:, :64] if average and step else shown[step]
+        assert np.abs(same - wanted[:, : same.shape[1]]).max() <= 2
+    assert np.abs(shown[0] - shown[STEPS]).max() > 2
 
 
 class Silent:
@@ -192,3 +259,37 @@ def test_held_out_images_are_no_part_of_an_epoch_and_have_its_sizes(recipe):
     assert len(trained.records) + len(held.records) == 4
     assert {*held.buckets.sizes} <= {*trained.buckets.sizes}
     assert made.images_per_step == trained.plan.batch_size
+
+
+# ------------------------------------------------------------------------------------- previews
+
+
+def test_prompts_come_from_a_file(recipe, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\n\n  the dog \nof\n")
+    made = plan.prepare(*configs.load(str(recipe), [f"previewer.prompt_file={file}"])).preview
+    assert made is not None
+    requests = [(one.prompt, one.negative_prompt, one.seed) for one in made.requests]
+    assert requests == [("a cat", "on", 3), ("the dog", "on", 4), ("of", "on", 5)]
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "told"),
+    [
+        ("merge: {u: {lora: [{path: a}]}}", [], "infer_cfg: .*merge: nothing is merged"),
+        ("emb_dir: embs", [], "infer_cfg: .*emb_dir: prompts may say the words of tokenizer_pt"),
+        ("infer_args: {width: 63}", [], "infer_cfg: .*infer_args.width must be a multiple"),
+        ("prompt: [a]", [], "prompt: a list needs one entry for each of the num × bs = 2"),
+        ("prompt: 'a }'", [], "infer_cfg: .*prompt: } without {"),
+        ("{}", ["previewer.prompt_file=nowhere.txt"], "prompt_file: nowhere.txt: .*No such file"),
+        ("{}", ["previewer.infer_cfg=null", "previewer.prompt_file=a"], "prompt_file: has no ef"),
+        ("{}", ["previewer.infer_cfg=nowhere.yaml"], "no such configuration: nowhere.yaml"),
+        ("{}", ["model.ema=null"], "previewer.weights: both: no average is kept"),
+        ("{}", ["previewer._target_=hcpdiff.Other"], "previewer._target_: not supported"),
+    ],
+)
+def test_what_cannot_be_painted_is_refused(recipe, tmp_path, text, changes, told):
+    own = tmp_path / "own.yaml"
+    own.write_text(f"_base_: [{recipe.parent / 'infer.yaml'}]\n" + (text if text != "{}" else ""))
+    with pytest.raises(UserError, match=told):
+        plan.prepare(*configs.load(str(recipe), [f"previewer.infer_cfg={own}", *changes]))
