@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import assembly, charts, gallery, hosts, params, sample, words
+from jaxft import assembly, charts, gallery, hosts, params, sampling, words
 from jaxft.assembly import Run
 from jaxft.diffusion import conditioning
 from jaxft.formats import embeddings
@@ -75,7 +75,7 @@ class Painter:
         said = conditioning.stack(rows)
         if said is not None:
             self._add_rows(weights, said)
-        painted = sample.generate_images(
+        painted = sampling.generate_images(
             preview.work, preview.model, networks, weights, preview.config
         )
         images = []

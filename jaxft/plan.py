@@ -42,6 +42,7 @@ from jaxft.tuning import adapters as loras
 from jaxft.tuning import optimizers, schedules
 from jaxft.tuning.ema import Average
 from jaxft.tuning.groups import Group
+from jaxft.warm_start import Begun
 from jaxft.words import Words
 
 COMPUTE = {"bf16": "bfloat16", "no": "float32"}
@@ -95,14 +96,9 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
     """
     mesh = meshes.make(**config.mesh)
     _check_counts(config)
-    options = config.model
-    model, opened = single_file.open_model(
-        options.pretrained_model_name_or_path, revision=options.revision, variant=options.variant
-    )
-    diffusers_folder.check_text_to_image(model)
-    noising = schedule.from_config(model.scheduler, str(model.folder / "scheduler_config.json"))
-    begun = warm_start.read(config.train.warm_start, model)
+    begun, opened = _begin(config)
     model = begun.model
+    noising = schedule.from_config(model.scheduler, str(model.folder / "scheduler_config.json"))
     images = _images_per_update(config, mesh.size)
     train, factors = config.train, {True: images, False: 1}
     vocabulary = words.read(
@@ -112,7 +108,6 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
         seed=config.seed,
         begun=begun.words,
     )
-    warm_start.check_words(begun, vocabulary.groups)
     selected = selection.select(config, model, factors[train.scale_lr], vocabulary.groups)
     selected = warm_start.select(selected, begun)
     sets, held_out, told = datasets.read(config, model, vocabulary, mesh.size)
@@ -149,6 +144,16 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
             *told,
         ],
     )
+
+
+def _begin(config: Config) -> tuple[Begun, list[str]]:
+    """The model and what is put into it before step 1, and what was found out of the model."""
+    options = config.model
+    model, opened = single_file.open_model(
+        options.pretrained_model_name_or_path, revision=options.revision, variant=options.variant
+    )
+    diffusers_folder.check_text_to_image(model)
+    return warm_start.read(config.train.warm_start, model), opened
 
 
 def _not_written(config: Config, selected: Selection) -> list[str]:

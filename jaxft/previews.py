@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxft import config as configs
-from jaxft import sample, words
+from jaxft import sample, sampling, words
 from jaxft.config import Config
 from jaxft.errors import UserError
 from jaxft.formats.diffusers_folder import Model
-from jaxft.sample import Request, Work
+from jaxft.sampling import Request, Work
 from jaxft.words import Words
 
 
@@ -59,7 +59,7 @@ def read(config: Config, model: Model, vocabulary: Words) -> Preview | None:
         model = sample.replace_components(model, infer.new_components)
         tokenizers = sample.make_tokenizers(model)
         words.teach(tokenizers, model, vocabulary.rows)
-        work = sample.prepare(requests, model, infer, tokenizers)
+        work = sampling.prepare(requests, model, infer, tokenizers)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return Preview(infer, model, requests, work, options.every, options.weights)
