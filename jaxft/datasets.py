@@ -9,9 +9,9 @@ from jaxft import config as configs
 from jaxft.config import Config
 from jaxft.data import bucket_table, captions, prompts, source
 from jaxft.data.batches import BatchPlan, Tail
-from jaxft.data.buckets import Buckets, Size
+from jaxft.data.buckets import Buckets, Originals, Size
 from jaxft.data.loader import Dataset
-from jaxft.data.source import Record
+from jaxft.data.records import Record, Records, once
 from jaxft.data.tokens import Tokenizer
 from jaxft.diffusion.losses import Loss
 from jaxft.errors import UserError
@@ -34,33 +34,31 @@ def read(
         UserError: images, captions or options that cannot be used.
     """
     trained, held, notices = [], [], []
-    resumed = config.train.resume
+    resumed, kept = config.train.resume, config.index_cache and Path(config.index_cache)
     tables = bucket_table.read(Path(resumed) / bucket_table.FILE) if resumed else {}
     tokenizers = [Tokenizer(folder) for folder in model.tokenizers.values()]
     words.teach(tokenizers, model, vocabulary.rows)
     for name, options in config.data.items():
-        records = []
+        columns = []
         for key, where in options.source.items():
             try:
-                found = source.index(**_source_options(where))
+                found = source.index(**_source_options(where), kept=kept)
             except UserError as error:
                 raise UserError(f"data.{name}.source.{key}: {error}") from None
-            records += found.records
+            columns += found.records.parts
             notices += found.notices
-        used, spared = _held_out(name, records, options.held_out)
+        used, spared = _held_out(name, Records(columns), options.held_out)
         known: Sequence[Size] = ()
-        roles: list[tuple[list[Record], list[Dataset], int, Tail]] = [
+        roles: list[tuple[Sequence[Record], list[Dataset], int, Tail]] = [
             (used, trained, config.seed, options.tail),
             (spared, held, 0, "pad"),  # of any run the same prompts
         ]
-        for kept, into, seed, tail in roles:
-            if not kept:
+        for records, into, seed, tail in roles:
+            if not records:
                 continue
-            sizes = [record.size for record in kept]
             saved = tables.get(name) if into is trained else None
-            buckets, new = _buckets(name, options.bucket, sizes, saved, known)
+            buckets, new = _buckets(name, options.bucket, _sizes(records), saved, known)
             known = buckets.sizes  # what is held out is seen in the sizes that are trained
-            kept = [record._replace(scaled=buckets.scaled) for record in kept]
             rows = options.batch_size * num_devices
             try:
                 plan = BatchPlan(buckets, rows, seed=seed, name=name, tail=tail)
@@ -69,7 +67,7 @@ def read(
             into.append(
                 Dataset(
                     name,
-                    kept,
+                    _scaled(records, buckets.scaled),
                     buckets,
                     plan,
                     tokenizers,
@@ -87,7 +85,7 @@ def read(
 
 def _held_out(
     name: str, records: Sequence[Record], share: float
-) -> tuple[list[Record], list[Record]]:
+) -> tuple[Sequence[Record], list[Record]]:
     """The records to train on, and those held out, each once and as it is.
 
     An image is held out or not by its own content alone, whatever others there are; if none would
@@ -96,8 +94,8 @@ def _held_out(
     if not 0 <= share <= 1:
         raise UserError(f"data.{name}.held_out: {share:g} must be a share, from 0 to 1")
     if not share:
-        return list(records), []
-    places = {record.digest: int(record.digest[:16], 16) / 2**64 for record in records}
+        return records, []
+    places = {record.digest: int(record.digest[:16], 16) / 2**64 for record in once(records)}
     spared = {digest for digest, place in places.items() if place < share}
     spared = spared or {min(places, key=lambda digest: places[digest])}
     if len(spared) == len(places) and share < 1:
@@ -105,17 +103,28 @@ def _held_out(
             f"data.{name}.held_out: {share:g} leaves none of its {len(places)} images to train on; "
             "give more images, or a smaller share"
         )
-    once = {record.digest: record for record in records if record.digest in spared}
+    judged = {record.digest: record for record in once(records) if record.digest in spared}
     return [record for record in records if record.digest not in spared], [
         record._replace(crop="center" if record.crop == "random" else record.crop, flip=False)
-        for record in once.values()
+        for record in judged.values()
     ]
+
+
+def _sizes(records: Sequence[Record]) -> Originals:
+    return records.sizes if isinstance(records, Records) else [record.size for record in records]
+
+
+def _scaled(records: Sequence[Record], scaled: bool) -> Sequence[Record]:
+    """The records, with what their buckets say of scaling."""
+    if isinstance(records, Records):
+        return Records(records.parts, scaled=scaled)
+    return [record._replace(scaled=scaled) for record in records]
 
 
 def _buckets(
     name: str,
     options: Config,
-    sizes: list[Size],
+    sizes: Originals,
     saved: bucket_table.Saved | None,
     known: Sequence[Size],
 ) -> tuple[Buckets, list[str]]:
@@ -174,7 +183,7 @@ def check_guidance(loss: Loss, datasets: Sequence[Dataset]) -> None:
 def check_latent_caches(config: Config, datasets: Sequence[Dataset]) -> None:
     """Latents can be encoded before the first step if all views of the images are known."""
     for dataset in datasets:
-        drawn = any(record.crop == "random" for record in dataset.records)
+        drawn = dataset.summary.num_random
         if drawn and config.data[dataset.name].cache_latents:
             raise UserError(
                 f"data.{dataset.name}.cache_latents: crop: random shows another part of an image "

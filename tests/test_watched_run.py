@@ -222,7 +222,7 @@ def test_the_curve_is_pytorchs_and_does_not_depend_on_batches_or_seed(recipe, na
 
 
 def test_an_images_content_says_whether_it_is_held_out(tmp_path):
-    records = source.index(photo_folder(tmp_path / "photos", 40)).records
+    records = list(source.index(photo_folder(tmp_path / "photos", 40)).records)
     used, spared = datasets._held_out("d", records * 2, 0.3)
     assert 4 <= len(spared) <= 20
     assert len(used) == 2 * (40 - len(spared))  # repeats go together, and are judged once
