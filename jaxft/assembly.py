@@ -40,12 +40,12 @@ def put(plan: Plan, weights: Weights) -> Weights:
 
 def assemble(plan: Plan) -> Run:
     """Networks and frozen weights; of the VAE only what steps need."""
+    plan = plan._replace(selection=selection.begin(plan.selection, plan.model))
     config, parts, family = plan.config, plan.model.parts, plan.model.family
     dtype = jnp.dtype(plans.COMPUTE[config.mixed_precision])
-    labels, datasets = plan.selection.labels, [*plan.datasets, *plan.held_out]
+    datasets = [*plan.datasets, *plan.held_out]
     frozen: dict[str, Any] = {
-        name: {k: v for k, v in part.params.items() if k not in labels.get(name, {})}
-        for name, part in parts.items()
+        name: selection.frozen(plan.selection, plan.model, name) for name in parts
     }
     frozen = {
         name: params.cast(weights, np.float32 if name == "vae" else dtype)
@@ -102,7 +102,8 @@ def _objective(plan: Plan, used: Sequence[str], loras: Mapping[str, Adapters]) -
 
 def initial(plan: Plan) -> dict[str, Any]:
     """What is trained as it is before the first step, on the host."""
-    trainable = selection.initial(plan.selection, plan.model, plan.config.seed)
+    dtype = params.DTYPES[plan.config.train.weights_dtype]
+    trainable = selection.initial(plan.selection, plan.model, plan.config.seed, dtype)
     return trainable | ({words.PART: plan.words.trained} if plan.words.groups else {})
 
 

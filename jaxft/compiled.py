@@ -79,7 +79,8 @@ class Programs:
             key: the run's key.
             batches: of each data set, one batch of every shape (arrays or shapes).
         """
-        total = state.trainable if self._adds_up else None
+        grads = jax.tree.map(_as_float32, state.trainable)
+        total = grads if self._adds_up else None
         numbers = self._numbers(0, 0)
         average, state = state.average, state._replace(average={})
         where = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -91,9 +92,9 @@ class Programs:
             for shapes in batches
             for batch in shapes
         }
-        jobs["update"] = (self._update(where), (state, (state.trainable,) * len(self._lanes)))
+        jobs["update"] = (self._update(where), (state, (grads,) * len(self._lanes)))
         if self._adds_up:
-            zeros = functools.partial(jax.tree.map, jnp.zeros_like, state.trainable)
+            zeros = functools.partial(jax.tree.map, jnp.zeros_like, grads)
             jobs["zeros"] = (jax.jit(zeros, out_shardings=where.trainable), ())
         if average:
             move = jax.jit(steps.averaged, donate_argnums=0, out_shardings=where.trainable)
@@ -189,6 +190,10 @@ def _lanes(mesh: Mesh, num_datasets: int) -> list[list[int]]:
     """
     one_cpu = mesh.size == 1 and mesh.devices.item().platform == "cpu"
     return [[dataset] for dataset in range(num_datasets)] if one_cpu else [[*range(num_datasets)]]
+
+
+def _as_float32(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
 
 
 def _placed(shapes: Any, where: Any) -> Any:

@@ -12,7 +12,7 @@ from jaxft.assembly import Run
 from jaxft.diffusion import conditioning
 from jaxft.formats import embeddings
 from jaxft.log import RunLog
-from jaxft.step import TrainState, Weights
+from jaxft.step import TrainState, Weights, result
 
 WHICH = {"trained": ("trained",), "average": ("average",), "both": ("trained", "average")}
 ENDINGS = {"trained": "", "average": "-ema"}
@@ -43,7 +43,7 @@ class Painter:
         assert preview is not None, "is asked for where there is something to paint"
         target = self._folder / "preview"
         for which in WHICH[preview.weights]:
-            images = self.paint(state.trainable if which == "trained" else state.average)
+            images = self.paint(result(state) if which == "trained" else state.average)
             if not hosts.is_first():
                 continue
             whole = charts.tile(images)

@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 from jaxft import (
     averaging,
     cli,
-    compat,
     datasets,
     gallery,
     loss_options,
+    optimization,
     params,
     previews,
     report,
@@ -39,7 +39,7 @@ from jaxft.formats import diffusers_folder, single_file
 from jaxft.previews import Preview
 from jaxft.selection import Selection
 from jaxft.tuning import adapters as loras
-from jaxft.tuning import optimizers, schedules
+from jaxft.tuning import schedules
 from jaxft.tuning.ema import Average
 from jaxft.tuning.groups import Group
 from jaxft.warm_start import Begun
@@ -118,7 +118,7 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
     datasets.check_text_caches(config, selected.labels, [*sets, *held_out])
     total_steps = _total_steps(train, sets[0].num_batches)
     preview = previews.read(config, model, vocabulary)
-    rates, transforms = _transforms(train, selected.groups, total_steps)
+    steered = optimization.from_config(config, selected, model, total_steps)
     return Plan(
         config,
         model,
@@ -127,8 +127,8 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
         mesh,
         selected,
         vocabulary,
-        rates,
-        optimizers.grouped(selected.labels, transforms, train.max_grad_norm),
+        steered.rates,
+        steered.optimizer,
         averaging.from_config(config, total_steps),
         sets,
         held_out,
@@ -140,6 +140,7 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
             *begun.notices,
             *vocabulary.notices,
             *selected.notices,
+            *steered.notices,
             *_not_written(config, selected),
             *told,
         ],
@@ -192,27 +193,6 @@ def _images_per_update(config: Config, num_devices: int) -> int:
     return images * num_devices * config.train.gradient_accumulation_steps
 
 
-def _transforms(
-    train: Config, groups: Sequence[Group], total_steps: int
-) -> tuple[dict[str, schedules.Rate], dict[str, optax.GradientTransformation]]:
-    """Of each group its rate, and the optimizer that has this rate; words have their own."""
-    rates, transforms = {}, {}
-    for group in groups:
-        end = "_pt" if group.network == words.PART else ""
-        options, node = train[f"scheduler{end}"], train[f"optimizer{end}"]
-        rates[group.name] = rate = schedules.schedule(
-            options.name,
-            group.lr,
-            options.num_warmup_steps,
-            options.num_training_steps or total_steps,
-            **options.scheduler_kwargs.to_dict(),
-        )
-        transforms[group.name] = compat.build(
-            node, "optimizer", f"train.optimizer{end}", learning_rate=rate
-        )
-    return rates, transforms
-
-
 def describe(plan: Plan) -> str:
     """The plan as text for people."""
     config, train = plan.config, plan.config.train
@@ -236,6 +216,7 @@ def describe(plan: Plan) -> str:
                 f"schedule {schedule_name}"
             ],
         ),
+        ("optimizer", optimization.told(train, plan.selection.groups)),
         ("loss", _loss_lines(config.train)),
         ("preview", previews.told(plan.preview)),
         ("average", averaging.told(plan.average)),
@@ -304,11 +285,12 @@ def _group_line(plan: Plan, group: Group) -> str:
     total = sum(map(params.count, networks))
     weights = int(sum(own)) + sum(adapter.size for adapter in low)
     tensors = f"{len(own)} tensors"
+    faster = f" (of up {group.lr * group.up_ratio:.3g})" if group.up_ratio != 1 else ""
     if low:
         tensors = loras.describe(low)
     return (
         f"{group.name:10}{weights:>13,} weights ({100 * weights / total:.1f} %) in "
-        f"{tensors}, rate {group.lr:.3g}, layers {', '.join(map(repr, group.layers))}"
+        f"{tensors}, rate {group.lr:.3g}{faster}, layers {', '.join(map(repr, group.layers))}"
     )
 
 

@@ -50,7 +50,7 @@ class Validation:
         plan = self._run.plan
         if not plan.held_out:
             return
-        chosen = {"trained": state.trainable} | (
+        chosen = {"trained": steps.result(state)} | (
             {"average": state.average} if state.average else {}
         )
         losses = {

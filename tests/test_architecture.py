@@ -18,7 +18,7 @@ LAYERS = (
     {"diffusion", "foreign", "formats", "tuning"},
     {"compat", "config", "merging", "selection", "step"},
     {"averaging", "loss_options", "sampling", "warm_start", "words"},
-    {"datasets", "sample"},
+    {"datasets", "optimization", "sample"},
     {"previews"},
     {"compiled", "explain", "inspection", "pickled", "plan", "start", "verify"},
     {"assembly", "caches", "records"},
