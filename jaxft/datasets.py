@@ -125,6 +125,12 @@ def check_guidance(loss: Loss, datasets: Sequence[Dataset]) -> None:
         )
 
 
+def check_masks(loss: Loss, datasets: Sequence[Dataset]) -> None:
+    """There must be masks to normalise."""
+    if loss.normalise_mask and not any(dataset.with_masks for dataset in datasets):
+        raise UserError("train.loss.normalise_mask: no source has an att_mask; leave it out")
+
+
 def check_latent_caches(config: Config, datasets: Sequence[Dataset]) -> None:
     """Latents can be encoded before the first step if all views of the images are known."""
     for dataset in datasets:
