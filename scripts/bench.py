@@ -76,7 +76,9 @@ class Ours:
         every: int | None = None,
     ):
         own = loras(weights["unet"], rank) if rank else {}
-        trainable = {"lora_unet": adapters.init(own, 0)} if rank else {"unet": weights["unet"]}
+        trainable: Any = {"unet": weights["unet"]}
+        if rank:
+            trainable = {"lora_unet": adapters.init(own, 0)}
         unet_def, _ = params.abstract(lambda: adapters.attach(UNet2DConditionModel(unet), own))
         text_def, _ = params.abstract(lambda: CLIPTextModel(text))
         objective = step.Objective(

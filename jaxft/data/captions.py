@@ -1,18 +1,30 @@
 """Captions of a folder of images: files beside them, or one table for all."""
 
+import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
-from jaxft.data.caption_tables import READERS, Lines, Row, lines_of
+from jaxft.data import files, shards
+from jaxft.data.caption_tables import READERS, Lines, Row, from_member, lines_of
+from jaxft.data.files import Span
 from jaxft.data.images import SUFFIXES
+from jaxft.data.index import Index
 from jaxft.errors import UserError
 
 TEXT_SUFFIXES = (".txt", ".caption")
 FILES = frozenset(TEXT_SUFFIXES).union(*(suffixes for suffixes, _ in READERS.values()))
 """Suffixes of all files that hold captions, casefolded."""
+
+RECIPE = 1
+"""To be raised when a text file is read in another way: what was read before is kept."""
+
+_SUFFIXES = tuple(FILES)
+
+METADATA = ("metadata.jsonl", "metadata.csv")
+"""Tables of a Hugging Face imagefolder, of the images in their folder and below."""
 
 MAX_CHARACTERS = 20_000
 """Of one caption: more is another kind of file, and costs seconds in every batch."""
@@ -50,16 +62,22 @@ def load(
     root: Path | None = None,
     several: Several | None = None,
     missing: Missing = "error",
+    members: Mapping[str, Span] | None = None,
+    kept: Path | None = None,
 ) -> Captions:
     """The captions of the image files `names`, paths below the folder `root`.
 
     `caption_file` is None (no captions), a folder with a `.txt` or `.caption` for each image or one
-    table for all of them, or that table: `.json`, `.yaml` or `.jsonl` (see `caption_tables`), with
-    names with or without suffix. A name that leads out of the folder is a problem.
+    table for all of them, or that table: `.json`, `.yaml`, `.jsonl` or `.csv`, with names with or
+    without suffix (see `caption_tables`). In the folders below there may be `METADATA` too, with
+    names from there. A name that leads out of its folder is a problem.
 
     `several` says what becomes of an image with several lines: the `first` is its caption, a
     `random` one each time, or all of them, `join`ed by spaces. Without it they are a problem. So is
     an image without caption, unless `missing` is `empty`.
+
+    Where the images are members of tars, `members` are the captions beside them, and the folder is
+    that of the tars. `kept` is where indices are kept, see `index`.
 
     Raises:
         UserError: `caption_file` is none of these.
@@ -67,97 +85,165 @@ def load(
     if caption_file is None:
         return Captions([("",)] * len(names), [], [])
     place = caption_file if isinstance(caption_file, Place) else Place(Path(caption_file))
-    path, form, texts = _found(place, names)
     problems: list[str] = []
-    if form == "text":
-        found, spare = _from_texts(path, texts, names, problems)
+    if members is not None:
+        found, spare = _from_texts(place.path, names, problems, kept, members)
+        return _settled(found, names, several, missing, problems, spare)
+    path, tables, texts = _found(place, names)
+    if not tables:
+        found, spare = _from_texts(path, names, problems, kept, dict.fromkeys(texts))
     else:
-        rows = READERS[form][1](decode(path, _MAX_BYTES["table"]), path, problems)
-        found, spare = _from_rows(rows, names, root, path.name, problems)
+        rows = []
+        for table in tables:
+            read = READERS[place.form or str(_form(table))][1]
+            text = decode(path / table, _MAX_BYTES["table"])
+            rows += [row._replace(table=table) for row in read(text, path / table, problems)]
+        found, spare = _from_rows(rows, names, root, problems)
     return _settled(found, names, several, missing, problems, spare)
 
 
-def _found(place: Place, names: Sequence[str]) -> tuple[Path, str, list[str]]:
-    """The table, or the folder of text files and their names; and the form."""
+def _found(place: Place, names: Sequence[str]) -> tuple[Path, list[str], list[str]]:
+    """A folder, and the tables in it; without any, the text files in it, paths below it."""
     path, form = place
     if not path.is_dir():
         if not path.is_file():
             raise UserError(f"caption_file: {path} does not exist")
-        by_suffix = _form(path.name)
-        if form == "text" or (form or by_suffix) in (None, "text"):
+        if form == "text" or (form or _form(path.name)) in (None, "text"):
             raise UserError(
-                f"caption_file: {path} is neither a folder nor a .json, .yaml or .jsonl file"
+                f"caption_file: {path} is neither a folder nor a .json, .yaml, .jsonl or .csv file"
             )
-        return path, form or str(by_suffix), []
-    files = {entry.name: _form(entry.name) for entry in sorted(path.iterdir()) if _is_file(entry)}
-    tables = [name for name, of in files.items() if of in ((form,) if form else READERS)]
+        return path.parent, [path.name], []
+    wanted = (form,) if form else READERS
+    tables = [name for name in _caption_files(path) if _form(name) in wanted]
+    below = [name for name in _metadata(path, names) if _form(name) in wanted]
     texts = _text_files(path, names)
-    if form == "text" or (form is None and not tables):
-        return path, "text", texts
-    if len(tables) != 1 or (texts and form is None):
+    if form == "text" or (form is None and not tables + below):
+        return path, [], texts
+    if len(tables) > 1 or not tables + below or (texts and form is None):
         raise UserError(
             f"caption_file: the folder {path} holds {len(texts)} .txt or .caption files and "
-            f"{some(tables) or 'no table'}; name the one file to read, or keep text files in a "
-            "folder without .json, .yaml and .jsonl"
+            f"{some(tables + below) or 'no table'}; name the one file to read, or keep text files "
+            "in a folder without .json, .yaml, .jsonl and .csv"
         )
-    return path / tables[0], str(files[tables[0]]), []
+    return path, tables + below, []
+
+
+def _metadata(folder: Path, names: Sequence[str]) -> list[str]:
+    """The tables of a Hugging Face imagefolder in the folders of the images and those between."""
+    parents = {parent for name in {n.rpartition("/")[0] for n in names} for parent in _up(name)}
+    places = (f"{at}/{name}" for at in sorted(parents) for name in METADATA)
+    return [file for file in places if (folder / file).is_file()]
+
+
+def _up(folder: str) -> list[str]:
+    """A folder and those that it lies in; '', in which all are, is not one of them."""
+    parts = folder.split("/") if folder else []
+    return ["/".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
 def _form(name: str) -> str | None:
-    suffix = PurePosixPath(name).suffix.casefold()
+    suffix = os.path.splitext(name)[1].casefold()
     if suffix in TEXT_SUFFIXES:
         return "text"
     return next((form for form, (suffixes, _) in READERS.items() if suffix in suffixes), None)
 
 
-def _is_file(path: Path) -> bool:
-    return not path.name.startswith(".") and path.is_file()
+def _caption_files(folder: Path) -> list[str]:
+    """Names of the files in a folder that may hold captions, in order."""
+    with os.scandir(folder) as entries:
+        return sorted(
+            entry.name
+            for entry in entries
+            if entry.name.casefold().endswith(_SUFFIXES)
+            and not entry.name.startswith(".")
+            and _is_file(entry)
+        )
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a loop of links
+        return False
 
 
 def _text_files(folder: Path, names: Sequence[str]) -> list[str]:
     """The text files in the folders that the images are in, as paths below the folder."""
-    folders = [folder / parent for parent in sorted({PurePosixPath(n).parent for n in names})]
+    inner = sorted({name.rpartition("/")[0] for name in names})
     return [
-        entry.relative_to(folder).as_posix()
-        for inner in folders
-        if inner.is_dir()
-        for entry in sorted(inner.iterdir())
-        if _form(entry.name) == "text" and _is_file(entry)
+        f"{at}/{name}" if at else name
+        for at in inner
+        if (folder / at).is_dir()
+        for name in _caption_files(folder / at)
+        if _form(name) == "text"
     ]
 
 
 def _from_texts(
-    folder: Path, files: Sequence[str], names: Sequence[str], problems: list[str]
+    folder: Path,
+    names: Sequence[str],
+    problems: list[str],
+    kept: Path | None,
+    texts: Mapping[str, Span | None],
 ) -> tuple[list[Lines | None], list[str]]:
-    """One text file for each image, of the same name up to the suffix; and the spare ones."""
-    wanted = {_stem(name) for name in names}
-    found: dict[str, Lines] = {}
+    """One of the text files for each image, of the same name up to the suffix, those of tars up to
+    the first dot; and the spare ones."""
+    members = any(texts.values())
+    key = shards.key if members else _stem
+    wanted = set(map(key, names))
     chosen: dict[str, str] = {}
-    for file in files:
-        stem = _stem(file)
+    spare = []
+    for file in sorted(texts, key=_preference) if members else texts:
+        stem = key(file)
         if stem not in wanted:
-            continue
-        if stem in found:
+            spare.append(file)
+        elif stem not in chosen:
+            chosen[stem] = file
+        elif not members:
             problems.append(f"{chosen[stem]} and {file} are captions of one image; keep one")
-        chosen[stem] = file
-        try:
-            found[stem] = lines_of(decode(folder / file, _MAX_BYTES["text"]))
-        except UserError as error:
-            found[stem] = ("",)
-            problems.append(str(error))
-    spare = [file for file in files if _stem(file) not in wanted]
-    return [found.get(_stem(name)) for name in names], spare
+    picked, found = list(chosen.values()), {}
+    looked = Index(kept, folder, f"captions {RECIPE}").look(
+        picked,
+        lambda place: _stamp(folder, picked[place], texts[picked[place]]),
+        lambda place: _text(folder, picked[place], texts[picked[place]]),
+        title=f"reading captions of {folder}",
+    )
+    for stem, fact in zip(chosen, looked, strict=True):
+        if isinstance(fact, UserError):
+            problems.append(str(fact))
+        found[stem] = ("",) if isinstance(fact, UserError) else tuple(fact)
+    return [found.get(key(name)) for name in names], spare
+
+
+def _stamp(folder: Path, file: str, span: Span | None) -> files.Stamp | None:
+    return files.stamp(span.file if span else f"{folder}/{file}")
+
+
+def _preference(member: str) -> int:
+    return shards.CAPTIONS.index(os.path.splitext(member)[1].casefold())
+
+
+def _text(folder: Path, file: str, span: Span | None) -> Lines:
+    """The captions in one text file, or in a member of a tar, which may be JSON."""
+    if span is None:
+        return lines_of(decode(folder / file, _MAX_BYTES["text"]))
+    try:
+        text = _decoded(files.read(folder / file, _MAX_BYTES["text"], span), file)
+    except UserError as error:
+        raise UserError(str(error) if file in str(error) else f"{file}: {error}") from None
+    return from_member(text, file) if file.casefold().endswith(".json") else lines_of(text)
 
 
 def _from_rows(
-    rows: Sequence[Row], names: Sequence[str], root: Path | None, file: str, problems: list[str]
+    rows: Sequence[Row], names: Sequence[str], root: Path | None, problems: list[str]
 ) -> tuple[list[Lines | None], list[str]]:
-    """A table's captions; and the names in it that are no image's."""
+    """The captions of tables, each with names below its folder; and names that are no image's."""
     captions: dict[str, Lines] = {}
     spelling: dict[str, str] = {}
     for row in rows:
+        file, (at, slash, _) = row.table, row.table.rpartition("/")
         try:
-            name = _folded(_inside(row.name, root))
+            name = _folded(at + slash + _inside(row.name, root and root / at))
         except UserError as error:
             problems.append(f"{file}: {row.name!r} {error}")
             continue
@@ -171,7 +257,7 @@ def _from_rows(
     for name in names:
         hits = [key for key in (_folded(name), _stem(name)) if key in captions]
         if len({captions[key] for key in hits}) > 1:
-            problems.append(f"{name}: {file} has a caption with and one without the suffix")
+            problems.append(f"{name} has a caption with and one without the suffix")
         texts.append(captions[hits[0]] if hits else None)
         used.update(hits)
     return texts, [spelling[key] for key in captions if key not in used]
@@ -243,17 +329,22 @@ def decode(path: Path, max_bytes: int = _MAX_BYTES["text"]) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path.name}: {error.strerror}") from None
+    return _decoded(data, path.name)
+
+
+def _decoded(data: bytes, name: str) -> str:
+    """The text of the bytes of a file."""
     utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
     try:
         text = data.decode("utf-16" if utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
         offset = error.start + len(data) - len(error.object)  # counted without the mark, or with
         raise UserError(
-            f"{path.name}: byte {offset} (0x{data[offset]:02x}) is not "
+            f"{name}: byte {offset} (0x{data[offset]:02x}) is not "
             f"{'UTF-16' if utf16 else 'UTF-8'}: save it as UTF-8"
         ) from None
     if fault := _fault(text):
-        raise UserError(f"{path.name}: holds {fault}: save it as UTF-8 text")
+        raise UserError(f"{name}: holds {fault}: save it as UTF-8 text")
     return text.strip()
 
 
@@ -275,6 +366,9 @@ def _folded(name: str) -> str:
 
 
 def _stem(name: str) -> str:
+    if name.isascii() and not re.search(r"[\\]|//|(^|/)\.", name):  # a million take two seconds
+        head, dot, end = name.rpartition(".")
+        return head if dot and end and head and "/" not in end else name
     path = PurePosixPath(unicodedata.normalize("NFC", name).replace("\\", "/"))
     return str(path.with_suffix(""))
 

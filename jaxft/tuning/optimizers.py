@@ -165,7 +165,7 @@ def split(
             lambda path, leaf: choose(path[-1].key, leaf), weights
         )
 
-    return optax.multi_transform(variants, labels)
+    return optax.multi_transform({**variants}, labels)
 
 
 def grouped(
