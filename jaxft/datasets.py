@@ -111,8 +111,11 @@ def _truncated(dataset: Dataset) -> list[str]:
     ]
 
 
-def check_guidance(loss: Loss, datasets: Sequence[Dataset]) -> None:
-    """Guidance needs negative prompts, and these need guidance."""
+def check_loss(loss: Loss, datasets: Sequence[Dataset]) -> None:
+    """Guidance needs negative prompts, and these need guidance; masks are normalised if there are
+    some."""
+    if loss.normalise_mask and not any(dataset.with_masks for dataset in datasets):
+        raise UserError("train.loss.normalise_mask: no source has an att_mask; leave it out")
     pairs = [dataset.name for dataset in datasets if dataset.with_negatives]
     if pairs and loss.guidance is None:
         raise UserError(
@@ -124,12 +127,6 @@ def check_guidance(loss: Loss, datasets: Sequence[Dataset]) -> None:
             "train.cfg_scale: there are no negative prompts; give word_names a pair "
             "[positive, negative], such as pt1: [pt-cat1, pt-cat1-neg], or set it to '1.0'"
         )
-
-
-def check_masks(loss: Loss, datasets: Sequence[Dataset]) -> None:
-    """There must be masks to normalise."""
-    if loss.normalise_mask and not any(dataset.with_masks for dataset in datasets):
-        raise UserError("train.loss.normalise_mask: no source has an att_mask; leave it out")
 
 
 def check_latent_caches(config: Config, datasets: Sequence[Dataset]) -> None:

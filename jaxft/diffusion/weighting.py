@@ -124,7 +124,10 @@ def weights(
     """
     target = target or schedule.prediction_type
     if target == "sample":
-        raise UserError(f"{name} has no meaning where the target is the sample: leave it out")
+        raise UserError(
+            f"{name} has no meaning for a model that predicts samples, or where they are "
+            "train.loss.target: leave it out"
+        )
     ratio = _known(snr(schedule))
     if name == "debiased" and target == "v_prediction":
         return debiased_v(ratio).astype(np.float32)
