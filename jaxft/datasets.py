@@ -165,8 +165,11 @@ def _truncated(dataset: Dataset) -> list[str]:
     ]
 
 
-def check_guidance(loss: Loss, datasets: Sequence[Dataset]) -> None:
-    """Guidance needs negative prompts, and these need guidance."""
+def check_loss(loss: Loss, datasets: Sequence[Dataset]) -> None:
+    """Guidance needs negative prompts, and these need guidance; masks are normalised if there are
+    some."""
+    if loss.normalise_mask and not any(dataset.with_masks for dataset in datasets):
+        raise UserError("train.loss.normalise_mask: no source has an att_mask; leave it out")
     pairs = [dataset.name for dataset in datasets if dataset.with_negatives]
     if pairs and loss.guidance is None:
         raise UserError(

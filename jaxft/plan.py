@@ -113,7 +113,7 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
     sets, held_out, told = datasets.read(config, model, vocabulary, mesh.size)
     words.check_said(vocabulary, sets)
     judged = loss_options.from_config(train, noising)
-    datasets.check_guidance(judged, [*sets, *held_out])
+    datasets.check_loss(judged, [*sets, *held_out])
     datasets.check_latent_caches(config, sets)
     datasets.check_text_caches(config, selected.labels, [*sets, *held_out])
     total_steps = _total_steps(train, sets[0].num_batches)
@@ -245,7 +245,11 @@ def _loss_lines(train: Config) -> list[str]:
     loss, noise = train.loss, train.noise
     criterion = loss.criterion.to_dict()
     name = criterion.pop("_target_").rpartition(".")[2]
-    told = [] if name == "MSELoss" else [_told(name, criterion)]
+    told = [] if name == "MSELoss" and "ssim" not in criterion else [_told(name, criterion)]
+    if loss.target is not None:
+        told.append(f"target {loss.target}")
+    if loss.normalise_mask:
+        told.append("divided by the mean of a mask")
     if loss.weighting is not None:
         told.append(_told(loss.weighting, loss.weighting_kwargs.to_dict()))
     if loss.timesteps != "uniform" or loss.timesteps_kwargs or loss.low_discrepancy:

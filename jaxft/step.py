@@ -22,7 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxft import params
-from jaxft.diffusion import conditioning, losses, schedule, weighting
+from jaxft.diffusion import conditioning, losses, schedule, ssim, weighting
 from jaxft.diffusion import noise as noises
 from jaxft.models import vae
 from jaxft.models.encoder import Added
@@ -132,7 +132,7 @@ def error(
     draws: Draws,
 ) -> Float[Array, ""]:
     """`loss`, of a batch with moments, at the noise and the timesteps that were drawn."""
-    nets, noising, how = objective.networks, objective.schedule, objective.loss
+    nets, noising = objective.networks, objective.schedule
     parts = (*nets, "words")
     weights = {
         name: frozen.get(name, {}) | trainable.get(name, {}) | trainable.get(f"lora_{name}", {})
@@ -145,16 +145,48 @@ def error(
         drawn = jax.random.split(jax.random.fold_in(draws.dropout_key, number), len(keys))
         weights[name] |= dict(zip(keys, drawn, strict=True))
         before[name] |= dict(zip(keys, drawn, strict=True))
-    noisy = noisy.astype(objective.dtype)
-    predicted = _predict(objective, weights, batch, noisy, draws.timesteps)
+    seen = noisy.astype(objective.dtype)
+    predicted = _predict(objective, weights, batch, seen, draws.timesteps)
     if "teacher" in batch:
-        wanted = _predict(objective, before, batch, noisy, draws.timesteps).astype(jnp.float32)
+        wanted = _predict(objective, before, batch, seen, draws.timesteps).astype(jnp.float32)
     else:
         wanted = schedule.target(noising, latents, draws.noise, draws.timesteps)
-    scale = None if how.weights is None else jnp.asarray(how.weights)[draws.timesteps]
-    return losses.mean_error(
-        predicted, wanted, batch["weight"], error=how.error, scale=scale, mask=batch.get("mask")
+    return _judged(objective, predicted, wanted, noisy, batch, draws.timesteps)
+
+
+def _judged(
+    objective: Objective,
+    predicted: Latents,
+    wanted: Latents,
+    noisy: Latents,
+    batch: dict[str, Array],
+    timesteps: Timesteps,
+) -> Float[Array, ""]:
+    """The mean error of predictions."""
+    how, mask = objective.loss, batch.get("mask")
+    scale, unit = (
+        None if table is None else jnp.asarray(table)[timesteps]
+        for table in (how.weights, how.units)
     )
+    value = losses.mean_error(
+        predicted,
+        wanted,
+        batch["weight"],
+        error=how.error,
+        scale=scale,
+        unit=unit,
+        mask=mask,
+        normalise_mask=how.normalise_mask,
+    )
+    if how.ssim:
+        latents, truth = (
+            schedule.clean(objective.schedule, one, noisy, timesteps) for one in (predicted, wanted)
+        )
+        errors = ssim.dissimilarity(latents, truth)
+        inner = None if mask is None else ssim.inner(mask)
+        each = losses.of_each(errors, inner, normalise_mask=how.normalise_mask)
+        value += how.ssim * losses.mean(each, batch["weight"])
+    return value
 
 
 def _predict(
