@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxft import memory, params, selection, words
 from jaxft import mesh as meshes
-from jaxft import params, selection, words
 from jaxft import plan as plans
 from jaxft.compiled import Programs
 from jaxft.data.loader import Dataset
@@ -102,6 +102,13 @@ def _teacher(initial: Weights, dtype: Any) -> Weights:
         name = f"teacher_{part.removeprefix('lora_')}"
         teacher[name] = teacher.get(name, {}) | params.cast(weights, dtype)
     return teacher
+
+
+def check_room(run: Run) -> None:
+    """Raises UserError, before anything is compiled, where what is held leaves no room."""
+    state = run.programs.state(initial(run.plan))
+    held = meshes.bytes_on_a_device((state, state.trainable, run.frozen))
+    memory.check(held, memory.of_device(), "the weights, gradients and optimizer alone")
 
 
 def compile_all(run: Run, state: TrainState) -> None:

@@ -149,10 +149,17 @@ class Programs:
                 losses[-1].append(value)
         return total, losses
 
-    def memory(self) -> int:
-        """Bytes on a device: arguments and temporaries of the program that needs most."""
-        sizes = [program.memory_analysis() for program in self._compiled.values()]
-        return max(s.argument_size_in_bytes + s.temp_size_in_bytes for s in sizes if s is not None)
+    def memory(self, state: TrainState, frozen: Weights) -> int:
+        """Bytes on a device at the most: what is held, and what the program that needs most adds to
+        it, its sums of gradients and temporaries."""
+        held = meshes.bytes_on_a_device((state, frozen))
+        sums = len(self._lanes) * meshes.bytes_on_a_device(state.trainable)
+        sizes = {name: program.memory_analysis() for name, program in self._compiled.items()}
+        most = max(
+            size.temp_size_in_bytes * (1 if name == "update" else len(self._lanes))
+            for name, size in sizes.items()
+        )
+        return held + sums + most
 
     def _numbers(self, dataset: int, part: int) -> tuple[Any, Any, Any]:
         """What tells apart the data sets whose batches go through one program."""
@@ -160,10 +167,11 @@ class Programs:
 
     def _gradients(self, where: Any) -> Callable:
         objective = self._objective
+        whole = functools.partial(meshes.gathered, self._mesh, dtype=objective.dtype)
 
         def run(trainable, frozen, batch, dataset, part, factor, key, step, total):
             key = steps.batch_key(key, step, dataset, part)
-            return steps.gradients(objective, factor, trainable, frozen, batch, key, total)
+            return steps.gradients(objective, factor, trainable, frozen, batch, key, total, whole)
 
         where = (meshes.replicated(self._mesh), where)
         return jax.jit(run, donate_argnames="total", out_shardings=where)

@@ -33,6 +33,10 @@ ON_TPU = "TPU_ML_PLATFORM"
 LAG = 2
 """Steps after which all processes know what one was asked for: none waits for the others' step."""
 
+LOST_AFTER = 60
+"""Seconds without a sign of life after which a process counts as lost, where no one waits for what
+it computes; its partners then end too, with JAX's message."""
+
 REMEDY = "the processes may be started again with train.resume, the folder of the run"
 
 
@@ -78,7 +82,7 @@ def joined(
         return
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is `signals`' matter
     try:
-        jax.distributed.initialize(*given)
+        jax.distributed.initialize(*given, heartbeat_timeout_seconds=LOST_AFTER)
     except ValueError:
         if given != (None, None, None):
             raise
@@ -86,9 +90,9 @@ def joined(
         return
     except RuntimeError as error:
         raise UserError(
-            f"distributed: the processes did not find each other: {error}\nThe first needs a free "
-            "port (coordinator_address; JAX_COORDINATOR_PORT where a launcher chooses) that the "
-            "others reach, and all must be started"
+            f"distributed: the processes did not find each other: {error}\nThe first needs a port "
+            "that is free (coordinator_address; JAX_COORDINATOR_PORT where a launcher chooses) and "
+            "that the others reach, and all must be started"
         ) from None
     with guarded():
         yield

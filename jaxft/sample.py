@@ -1,6 +1,7 @@
 """`python -m jaxft.sample`: images from text, or the merged model as a folder."""
 
 import argparse
+import itertools
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -9,10 +10,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxft import __version__, compat, compile_cache, gallery, merging, params
 from jaxft import config as configuration
+from jaxft import mesh as meshes
 from jaxft.cli import run
 from jaxft.config import Config
 from jaxft.data.prompt_weights import WeightedText, WeightedTokenizer, parse
@@ -126,8 +129,8 @@ def make_requests(config: Config) -> list[Request]:
 def paint(
     requests: Sequence[Request], model: Model, config: Config
 ) -> Iterator[tuple[np.ndarray, bool]]:
-    """Each request's image [h, w, 3] uint8, and whether all of its numbers were finite; made `bs`
-    at a time, with a progress bar. All that can be wrong is found before the first.
+    """Each request's image [h, w, 3] uint8, and whether all of its numbers were finite. A device
+    makes up to `bs` at a time. A progress bar is shown. What can be wrong is found before all.
 
     Raises:
         UserError: a prompt, the sampler, the size or a tokenizer is not usable.
@@ -140,8 +143,11 @@ def paint(
     if config.emb_dir:
         model = add_words(model, tokenizers, Path(config.emb_dir))
     _warn_of_cut(tokenizers[0], texts, config.N_repeats)
-    batches = make_batches(texts, noise, config, tokenizers)
-    images = generate_images(model, table, batches, config)
+    mesh = meshes.make(devices=jax.devices()[: len(requests)])
+    each = min(config.bs, -(-len(requests) // mesh.size))  # images of a device
+    batches = make_batches(texts, noise, config, tokenizers, each * mesh.size)
+    images = generate_images(model, table, batches, config, mesh)
+    images = itertools.islice(images, len(requests))  # the others fill up the last batch
     # The first image waits for the compiler: the bar stands at 0 meanwhile.
     return iter(tqdm(images, total=len(requests), unit="image", desc="sampling"))
 
@@ -291,8 +297,10 @@ def make_batches(
     noise: Latents,
     config: Config,
     tokenizers: Sequence[WeightedTokenizer],
+    size: int,
 ) -> Iterator[tuple[Prompts, Prompts, Latents]]:
-    """Arguments of the program, `bs` images at a time: prompts, negative prompts, noise."""
+    """Arguments of the program, `size` images at a time: prompts, negative prompts, noise. The last
+    image is made as often as fills up the last batch."""
     is_weighted = any(weight != 1 for pair in texts for side in pair for weight in side.weights)
 
     def encode(side: Sequence[WeightedText]) -> Prompts:
@@ -304,10 +312,10 @@ def make_batches(
         # The weights are of the words: for every tokenizer the same.
         return Prompts(tuple(input_ids), weights[0] if is_weighted else None)
 
-    for start in range(0, len(texts), config.bs):
-        part = slice(start, start + config.bs)
-        positive, negative = zip(*texts[part], strict=True)
-        yield encode(positive), encode(negative), noise[part]
+    for start in range(0, len(texts), size):
+        rows = np.minimum(np.arange(start, start + size), len(texts) - 1)
+        positive, negative = zip(*(texts[row] for row in rows), strict=True)
+        yield encode(positive), encode(negative), noise[rows]
 
 
 def generate_images(
@@ -315,8 +323,10 @@ def generate_images(
     table: Table,
     batches: Iterator[tuple[Prompts, Prompts, Latents]],
     config: Config,
+    mesh: Mesh,
 ) -> Iterator[tuple[np.ndarray, bool]]:
-    """Each image [h, w, 3] uint8, and whether all of its numbers were finite."""
+    """Each image [h, w, 3] uint8, and whether all of its numbers were finite; every device makes a
+    part of each batch."""
     dtype, parts, family = params.DTYPES[config.dtype], model.parts, model.family
     graphdefs = {
         name: params.abstract(lambda n=network, c=parts[name].config: n(c))[0]
@@ -335,10 +345,12 @@ def generate_images(
     if not config.amp:
         held |= {name: params.cast(held[name], dtype) for name in ("unet", *encoders)}
     texts = tuple(held[name] for name in encoders)
-    weights = jax.device_put(Networks(held["unet"], held["vae"], texts))
+    weights = Networks(held["unet"], held["vae"], texts)
+    weights = jax.device_put(weights, meshes.replicated(mesh))
     scale = float(config.infer_args.guidance_scale)
     for positive, negative, noise in batches:
-        prompts = generate.guided_by(scale, negative, positive)
+        inputs = (generate.guided_by(scale, negative, positive), noise)
+        prompts, noise = jax.device_put(inputs, meshes.batch_sharding(mesh))
         pixels, finite = program(weights, prompts, scale, noise, table)
         yield from zip(np.asarray(pixels), np.asarray(finite).tolist(), strict=True)
 

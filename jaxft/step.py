@@ -12,7 +12,7 @@ predicted before training.
 each batch (several data sets, accumulation), adding up, then `update`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -192,11 +192,17 @@ def gradients(
     batch: dict[str, Array],
     key: Array,
     total: Weights | None,
+    whole: Callable[[Weights], Weights] = lambda weights: weights,
 ) -> tuple[Float[Array, ""], Weights]:
-    """A batch's loss, and `total` plus `factor` times its gradient (None: nothing to add to)."""
-    value, grads = jax.value_and_grad(lambda trained: loss(objective, trained, frozen, batch, key))(
-        trainable
-    )
+    """A batch's loss, and `total` plus `factor` times its gradient (None: nothing to add to).
+
+    `whole` makes of weights as they are kept those that are computed with.
+    """
+
+    def objective_of(trained: Weights) -> Array:
+        return loss(objective, whole(trained), whole(frozen), batch, key)
+
+    value, grads = jax.value_and_grad(objective_of)(trainable)
     grads = jax.tree.map(lambda g: factor * g, grads)
     return value, grads if total is None else jax.tree.map(jnp.add, total, grads)
 

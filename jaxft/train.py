@@ -14,7 +14,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
-from jaxft import assembly, caches, cli, compile_cache, hosts, params
+from jaxft import assembly, caches, cli, compile_cache, hosts, memory, params
 from jaxft import config as configs
 from jaxft import mesh as meshes
 from jaxft import plan as plans
@@ -82,6 +82,7 @@ def _train(config: Config, notices: Sequence[str]) -> int:
             log.message(plans.describe(plan))
             plan = caches.fill(plan, say=log.message, stopped=lambda: stop.requested)
             run = assembly.assemble(plan)
+            assembly.check_room(run)
             state = _start(run, checkpoints, start, log)
             if not hosts.largest(stop.requested or 0):
                 _compile(run, state, log)
@@ -205,7 +206,9 @@ def _fingerprint(plan: Plan) -> str:
 
 def _compile(run: Run, state: TrainState, log: RunLog) -> None:
     assembly.compile_all(run, state)
-    log.message(f"memory    {run.programs.memory() / 2**30:.2f} GiB on each device")
+    needed, limit = run.programs.memory(state, run.frozen), memory.of_device()
+    log.message(f"memory    {memory.describe(needed, limit)}")
+    memory.check(needed, limit, "steps of this batch_size")
 
 
 # ---------------------------------------------------------------------------------------- loop

@@ -199,7 +199,7 @@ def report(args: argparse.Namespace, times: dict, losses: dict, ours: Ours) -> N
         "ratio_of_best": round(timed["jaxft"].min() / timed["diffusers"].min(), 3),
         "images_per_s": round(args.batch / median["jaxft"], 3),
         "compile_s": round(ours.compile_s, 1),
-        "memory_mib": round(ours.programs.memory() / 2**20),
+        "memory_mib": round(ours.programs.memory(ours.state, ours.frozen) / 2**20),
         "largest_loss_difference": float(f"{apart:.2g}"),
         "device": jax.devices()[0].device_kind,
         "machine": platform.machine(),
