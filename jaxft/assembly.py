@@ -111,10 +111,10 @@ def check_room(run: Run) -> None:
     memory.check(held, memory.of_device(), "the weights, gradients and optimizer alone")
 
 
-def compile_all(run: Run, state: TrainState) -> None:
-    """Compiles all programs of a run, for the shapes of its batches."""
+def compile_all(run: Run, state: TrainState) -> int:
+    """Compiles all programs of a run, for the shapes of its batches; returns how many there are."""
     batches = [one_of_each_shape(dataset) for dataset in run.plan.datasets]
-    run.programs.compile(state, run.frozen, run.key, batches)
+    return run.programs.compile(state, run.frozen, run.key, batches)
 
 
 def one_of_each_shape(dataset: Dataset) -> list[dict[str, jax.ShapeDtypeStruct]]:

@@ -70,8 +70,8 @@ class Programs:
 
     def compile(
         self, state: TrainState, frozen: Weights, key: Array, batches: Sequence[Sequence[Batch]]
-    ) -> None:
-        """Compiles all programs of a run, with a progress bar.
+    ) -> int:
+        """Compiles all programs of a run, with a progress bar; returns how many there are.
 
         Args:
             state: shapes and shardings, as from `state`.
@@ -108,6 +108,7 @@ class Programs:
             }
             bar = progress(compiling.items(), "compiling", len(jobs), unit="program")
             self._compiled = {name: program.result() for name, program in bar}
+        return len(jobs)
 
     def step(
         self, state: TrainState, frozen: Weights, key: Array, batches: Sequence[Sequence[Batch]]
@@ -167,7 +168,7 @@ class Programs:
 
     def _gradients(self, where: Any) -> Callable:
         objective = self._objective
-        whole = functools.partial(meshes.gathered, self._mesh, dtype=objective.dtype)
+        whole = functools.partial(meshes.gathered, self._mesh)
 
         def run(trainable, frozen, batch, dataset, part, factor, key, step, total):
             key = steps.batch_key(key, step, dataset, part)

@@ -54,16 +54,18 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(lambda leaf: NamedSharding(mesh, spec(leaf.shape, fsdp)), tree)
 
 
-def gathered(mesh: Mesh, weights: Any, dtype: Any) -> Any:
-    """Weights as a step computes with them: those that are split are cast and put together on every
-    device. Without this the compiler splits activations as it finds the weights, and exchanges them
-    at every layer. Of the gradient, each device then adds up the part that it keeps."""
+def gathered(mesh: Mesh, weights: Any) -> Any:
+    """Weights as a step computes with them: those that are split are put together on every device.
+
+    Without this the compiler splits activations as it finds the weights, and exchanges them at
+    every layer. Of the gradient, each device then adds up the part that it keeps.
+    """
     fsdp, whole = mesh.shape["fsdp"], replicated(mesh)
 
     def gather(leaf: jax.Array) -> jax.Array:
         if spec(leaf.shape, fsdp) == P():
             return leaf
-        return jax.lax.with_sharding_constraint(leaf.astype(dtype), whole)
+        return jax.lax.with_sharding_constraint(leaf, whole)
 
     return jax.tree.map(gather, weights)
 

@@ -9,10 +9,13 @@ A run writes one folder; see `docs/`. Ctrl-C and SIGTERM save and end it (exit c
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
+
+import jax
 
 from jaxft import assembly, caches, cli, compile_cache, hosts, memory, params
 from jaxft import config as configs
@@ -68,6 +71,7 @@ def train(config: Config, notices: Sequence[str] = ()) -> int:
 
 
 def _train(config: Config, notices: Sequence[str]) -> int:
+    began = time.monotonic()
     hosts.check_same("configuration", _recipe(config))
     folder, resumes = _folder(config)
     compile_cache.enable(config.compile_cache)
@@ -89,7 +93,7 @@ def _train(config: Config, notices: Sequence[str]) -> int:
             if asked := hosts.largest(stop.requested or 0):
                 log.message("stopped before the first step")
                 return 128 + asked
-            return _loop(run, state, folder, checkpoints, log, stop, start)
+            return _loop(run, state, folder, checkpoints, log, stop, start, began)
 
 
 # -------------------------------------------------------------------------------------- set-up
@@ -205,7 +209,11 @@ def _fingerprint(plan: Plan) -> str:
 
 
 def _compile(run: Run, state: TrainState, log: RunLog) -> None:
-    assembly.compile_all(run, state)
+    began = time.monotonic()
+    with compile_cache.found() as found:
+        count = assembly.compile_all(run, state)
+    seconds = time.monotonic() - began
+    log.message(f"compiled  {count} programs in {seconds:.1f} s, {len(found)} from the cache")
     needed, limit = run.programs.memory(state, run.frozen), memory.of_device()
     log.message(f"memory    {memory.describe(needed, limit)}")
     memory.check(needed, limit, "steps of this batch_size")
@@ -222,6 +230,7 @@ def _loop(
     log: RunLog,
     stop: Stop,
     start: int,
+    began: float,
 ) -> int:
     """Steps `start` to the end, or to the one in which the user asks to stop."""
     plan, every = run.plan, run.plan.config.train.save_step
@@ -238,6 +247,9 @@ def _loop(
             state, metrics = run.programs.step(state, run.frozen, run.key, next(feed))
             if plan.average and step % plan.average.every == 0:
                 state = run.programs.average(state, plan.average.share(step))
+            if step == start + 1:
+                jax.block_until_ready(metrics)
+                log.message(f"step {step}    {time.monotonic() - began:.1f} s after the start")
             numbers.add(step, metrics)
             log.advance(step)
             asked = largest(stop.requested or 0)

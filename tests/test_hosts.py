@@ -183,7 +183,7 @@ def test_rows_of_all_processes_are_the_batch_once(monkeypatch):
         places = {device: where[device] for device in own}
         kind = type(meshes.batch_sharding(mesh))
         monkeypatch.setattr(kind, "addressable_devices_indices_map", lambda *_, p=places: p)
-        rows.append(meshes.own_rows(mesh, 8).tolist())
+        rows.append(np.asarray(meshes.own_rows(mesh, 8)).tolist())
     assert rows == [[0, 1, 4, 5], [2, 3, 6, 7]]
 
 
