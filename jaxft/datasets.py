@@ -9,8 +9,9 @@ from jaxft import config as configs
 from jaxft.config import Config
 from jaxft.data import bucket_table, captions, prompts, source
 from jaxft.data.batches import BatchPlan
-from jaxft.data.buckets import Buckets, Size
+from jaxft.data.buckets import Buckets, Originals
 from jaxft.data.loader import Dataset
+from jaxft.data.records import Records
 from jaxft.data.tokens import Tokenizer
 from jaxft.diffusion.losses import Loss
 from jaxft.errors import UserError
@@ -32,22 +33,22 @@ def read(
         UserError: images, captions or options that cannot be used.
     """
     datasets, notices = [], []
-    resumed = config.train.resume
+    resumed, kept = config.train.resume, config.index_cache and Path(config.index_cache)
     tables = bucket_table.read(Path(resumed) / bucket_table.FILE) if resumed else {}
     tokenizers = [Tokenizer(folder) for folder in model.tokenizers.values()]
     words.teach(tokenizers, model, vocabulary.rows)
     for name, options in config.data.items():
-        records = []
+        columns = []
         for key, where in options.source.items():
             try:
-                found = source.index(**_source_options(where))
+                found = source.index(**_source_options(where), kept=kept)
             except UserError as error:
                 raise UserError(f"data.{name}.source.{key}: {error}") from None
-            records += found.records
+            columns += found.records.parts
             notices += found.notices
-        sizes = [record.size for record in records]
+        sizes = Records(columns).sizes
         buckets, new = _buckets(name, options.bucket, sizes, tables.get(name))
-        records = [record._replace(scaled=buckets.scaled) for record in records]
+        records = Records(columns, scaled=buckets.scaled)
         batch_size = options.batch_size * num_devices
         try:
             plan = BatchPlan(buckets, batch_size, seed=config.seed, name=name, tail=options.tail)
@@ -72,7 +73,7 @@ def read(
 
 
 def _buckets(
-    name: str, options: Config, sizes: list[Size], saved: bucket_table.Saved | None
+    name: str, options: Config, sizes: Originals, saved: bucket_table.Saved | None
 ) -> tuple[Buckets, list[str]]:
     """A dataset's buckets: those of the run that goes on, unless other options are asked for."""
     key, node = f"data.{name}.bucket", options.to_dict()
@@ -128,7 +129,7 @@ def check_guidance(loss: Loss, datasets: Sequence[Dataset]) -> None:
 def check_latent_caches(config: Config, datasets: Sequence[Dataset]) -> None:
     """Latents can be encoded before the first step if all views of the images are known."""
     for dataset in datasets:
-        drawn = any(record.crop == "random" for record in dataset.records)
+        drawn = dataset.summary.num_random
         if drawn and config.data[dataset.name].cache_latents:
             raise UserError(
                 f"data.{dataset.name}.cache_latents: crop: random shows another part of an image "

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxft import low_rank, selection, words
 from jaxft.compiled import Metrics
+from jaxft.data.records import Record
 from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder, embeddings, hcp, lora, modelspec, webui
 from jaxft.formats.diffusers_folder import Model
@@ -215,11 +216,11 @@ def lasting(plan: Plan) -> dict[str, str]:
 def described(plan: Plan) -> dict[str, str]:
     """What the header of a trained file says of its training."""
     config, train = plan.config, plan.config.train
-    records = [record for dataset in plan.datasets for record in dataset.records]
+    recipes = {id(record.recipe): record.recipe for record in _records(plan)}
     called = {
         word
-        for record in records
-        for name, word in record.recipe.word_names.items()
+        for recipe in recipes.values()
+        for name, word in recipe.word_names.items()
         if word and name.startswith("pt")
     }
     rates = {group.network: group.lr for group in reversed(plan.selection.groups)}
@@ -231,7 +232,7 @@ def described(plan: Plan) -> dict[str, str]:
         "lr_warmup_steps": train.scheduler.num_warmup_steps,
         "steps": plan.total_steps,
         "epoch": math.ceil(plan.epoch(plan.total_steps)),
-        "num_train_images": len(records),
+        "num_train_images": sum(len(dataset.records) for dataset in plan.datasets),
         "total_batch_size": plan.images_per_step,
         "gradient_accumulation_steps": plan.accumulation,
         "max_grad_norm": train.max_grad_norm,
@@ -241,7 +242,11 @@ def described(plan: Plan) -> dict[str, str]:
     }
     return modelspec.training(
         base=config.model.pretrained_model_name_or_path,
-        captions=[text for record in records for text in record.captions],
+        captions=(text for record in _records(plan) for text in record.captions),
         words=sorted(called | plan.words.groups.keys()),
         settings=settings,
     )
+
+
+def _records(plan: Plan) -> Iterator[Record]:
+    return (record for dataset in plan.datasets for record in dataset.records)

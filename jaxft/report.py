@@ -41,13 +41,13 @@ def bucket_lines(dataset: Dataset) -> list[str]:
     if dataset.buckets.num_small:
         small = _count(dataset.buckets.num_small, "image")
         lines.append(f"no_upscale: {small} in smaller sizes, so as not to be enlarged")
-    if mirrored := sum(record.flip for record in dataset.records):
+    if mirrored := dataset.summary.num_flipped:
         lines.append(f"flip: {_count(mirrored, 'image')} mirrored half of the time")
-    if drawn := sum(record.crop == "random" for record in dataset.records):
+    if drawn := dataset.summary.num_random:
         lines.append(f"crop: {_count(drawn, 'image')} cropped at random, anew in every epoch")
-    if kept := sum(record.crop == "mask" and record.mask is not None for record in dataset.records):
+    if kept := dataset.summary.num_kept:
         lines.append(f"crop: {_count(kept, 'image')} cropped around what their masks show")
-    if masked := sum(record.mask is not None for record in dataset.records):
+    if masked := dataset.summary.num_masked:
         lines.append(f"att_mask: {_count(masked, 'image')} of which the parts count as masks say")
     if plan.num_dropped:
         lines.append(f"tail: {_count(plan.num_dropped, 'image')} dropped each epoch")
@@ -85,7 +85,7 @@ def warnings(dataset: Dataset) -> list[str]:
 
 
 def _fit(dataset: Dataset) -> Fit:
-    return fit([record.size for record in dataset.records], dataset.buckets)
+    return fit(dataset.summary.originals, dataset.buckets)
 
 
 def _bucket_line(dataset: Dataset, fitted: Fit, bucket: int) -> str:

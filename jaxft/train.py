@@ -174,8 +174,8 @@ def _bucket_table(plan: Plan) -> str:
     entries = {}
     for dataset in plan.datasets:
         options = plan.config.data[dataset.name].bucket.to_dict()
-        sizes = [record.size for record in dataset.records]
-        entries[dataset.name] = bucket_table.entry(options, sizes, dataset.buckets)
+        originals = dataset.summary.originals
+        entries[dataset.name] = bucket_table.entry(options, originals, dataset.buckets)
     return bucket_table.to_text(entries)
 
 
@@ -196,16 +196,17 @@ def _start(run: Run, checkpoints: Checkpoints, start: int, log: RunLog) -> Train
 
 def _fingerprint(plan: Plan) -> str:
     """SHA-256 of all that the batches are made of, and of the words that are not trained."""
-    lines = [params.digest(plan.words.frozen)] if plan.words.frozen else []
-    lines += [
-        f"{dataset.name} {dataset.plan.batch_size} {latents.key(record, size)} {record.crop} "
-        f"{record.flip} {record.mask and record.mask.digest} {prompt(record, 0)}"
-        + "".join(record.captions[1:])
-        + (negative(record, 0) if record.recipe.negative else "")
-        for dataset in plan.datasets
-        for record, size in zip(dataset.records, dataset.sizes, strict=True)
-    ]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    whole = hashlib.sha256()
+    if plan.words.frozen:
+        whole.update(params.digest(plan.words.frozen).encode())
+    for dataset in plan.datasets:
+        for record, size in zip(dataset.records, dataset.sizes, strict=True):
+            mask = record.mask and record.mask.digest
+            texts = [prompt(record, 0), *record.captions[1:]]
+            texts += [negative(record, 0)] if record.recipe.negative else []
+            line = f"{dataset.name} {dataset.plan.batch_size} {latents.key(record, size)} "
+            whole.update(f"{line}{record.crop} {record.flip} {mask} {texts}".encode())
+    return whole.hexdigest()
 
 
 def _compile(run: Run, state: TrainState, log: RunLog) -> None:

@@ -101,7 +101,7 @@ def bench_latents(folder: Path, count: int, seconds: float) -> None:
     random_model.write_tokenizer(folder / "tokenizer")
     records = [
         source.Record(
-            Path(f"{n}.png"), SIZE, f"{n:064x}", (f"photo {n}",), prompts.Recipe(), (0, 0, 0)
+            Path(), f"{n}.png", SIZE, f"{n:064x}", (f"photo {n}",), prompts.Recipe(), (0, 0, 0)
         )
         for n in range(count)
     ]

@@ -171,7 +171,7 @@ def test_cached_moments_are_those_of_each_image(parts):
 
 
 def test_what_is_wanted_twice_is_encoded_once(parts):
-    wanted = dataset(parts).wanted
+    wanted = list(dataset(parts).wanted)
     calls = []
 
     def counting(pixels):

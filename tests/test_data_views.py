@@ -12,7 +12,7 @@ from tests.data_fixtures import photo_folder, photograph
 
 
 def record(size, **options) -> source.Record:
-    return source.Record(None, size, "", ("",), None, (0, 0, 0), **options)  # type: ignore[arg-type]
+    return source.Record(None, "", size, "", ("",), None, (0, 0, 0), **options)  # type: ignore[arg-type]
 
 
 def test_a_view_is_what_pillow_cuts_out_of_the_scaled_image():

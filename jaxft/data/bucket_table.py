@@ -10,13 +10,13 @@ the images that go there and how many of them there are:
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxft.data.buckets import VAE_STRIDE, Buckets, Size
+from jaxft.data.buckets import VAE_STRIDE, Buckets, Originals, Size
 from jaxft.errors import UserError
 
 FILE = "buckets.json"
@@ -35,16 +35,23 @@ class Saved(NamedTuple):
     """Images of each size."""
 
 
-def entry(options: Mapping[str, Any], sizes: Sequence[Size], buckets: Buckets) -> dict[str, Any]:
+def entry(options: Mapping[str, Any], sizes: Originals, buckets: Buckets) -> dict[str, Any]:
     """One dataset's part of the file; `sizes` are the images', as `buckets` counts them."""
-    held = [Counter() for _ in buckets.sizes]
-    for size, bucket in zip(sizes, buckets.assignment.tolist(), strict=True):
-        held[bucket][_written(size)] += 1
-    rows = zip(buckets.sizes, held, strict=True)
+    held: list[dict[str, int]] = [{} for _ in buckets.sizes]
+    rows = np.column_stack([np.array(sizes, np.int64).reshape(-1, 2), buckets.assignment])
+    for (*size, bucket), count in zip(*_counted(rows), strict=True):
+        held[bucket][_written((size[0], size[1]))] = count
+    pairs = zip(buckets.sizes, held, strict=True)
     return {
         "bucket": options,
-        "sizes": {_written(size): dict(sorted(counts.items())) for size, counts in rows},
+        "sizes": {_written(size): dict(sorted(counts.items())) for size, counts in pairs},
     }
+
+
+def _counted(rows: np.ndarray) -> tuple[list[list[int]], list[int]]:
+    """The different rows, and how often each is there."""
+    different, counts = np.unique(rows, axis=0, return_counts=True)
+    return different.tolist(), counts.tolist()
 
 
 def to_text(entries: Mapping[str, Mapping[str, Any]]) -> str:
@@ -75,7 +82,7 @@ def matches(saved: Saved, options: Mapping[str, Any]) -> bool:
     return saved.options == json.loads(json.dumps(options))
 
 
-def restore(saved: Saved, sizes: Sequence[Size], nearest: Buckets) -> tuple[Buckets, int]:
+def restore(saved: Saved, sizes: Originals, nearest: Buckets) -> tuple[Buckets, int]:
     """The saved buckets of images, and how many images they did not have.
 
     Args:
@@ -83,6 +90,7 @@ def restore(saved: Saved, sizes: Sequence[Size], nearest: Buckets) -> tuple[Buck
         sizes: of the images that there are now.
         nearest: each image with the nearest of the saved sizes, for those the table does not know.
     """
+    sizes = [(width, height) for width, height in np.array(sizes).tolist()]
     guesses = [nearest.sizes[bucket] for bucket in nearest.assignment.tolist()]
     known = dict(zip(sizes, guesses, strict=True)) | saved.trained
     chosen = [known[size] for size in sizes]

@@ -29,6 +29,8 @@ VAE_STRIDE = 8
 
 Size = tuple[int, int]
 Sizes = Int[np.ndarray, "n 2"]
+Originals = Sequence[Size] | Sizes
+"""Widths and heights of images."""
 Points = Float[np.ndarray, "n f"]
 
 
@@ -45,7 +47,7 @@ class Buckets(NamedTuple):
 
 
 def ratio_buckets_from_files(
-    sizes: Sequence[Size],
+    sizes: Originals,
     *,
     known: Sequence[Size] = (),
     target_area: float | Sequence[float] = 640 * 640,
@@ -74,7 +76,7 @@ def ratio_buckets_from_files(
 
 
 def ratio_buckets_from_ratios(
-    sizes: Sequence[Size],
+    sizes: Originals,
     *,
     known: Sequence[Size] = (),
     target_area: float | Sequence[float] = 640 * 640,
@@ -110,7 +112,7 @@ def ratio_buckets_from_ratios(
 
 
 def size_buckets_from_files(
-    sizes: Sequence[Size],
+    sizes: Originals,
     *,
     known: Sequence[Size] = (),
     step_size: int = 64,
@@ -132,7 +134,7 @@ def size_buckets_from_files(
 
 
 def ratio_size_buckets_from_files(
-    sizes: Sequence[Size],
+    sizes: Originals,
     *,
     known: Sequence[Size] = (),
     max_area: float = 640 * 640,
@@ -161,7 +163,7 @@ def ratio_size_buckets_from_files(
 
 
 def long_edge_buckets_from_files(
-    sizes: Sequence[Size],
+    sizes: Originals,
     *,
     target_edge: int,
     known: Sequence[Size] = (),
@@ -190,7 +192,7 @@ def long_edge_buckets_from_files(
 
 
 def fixed_bucket(
-    sizes: Sequence[Size],
+    sizes: Originals,
     *,
     known: Sequence[Size] = (),
     target_size: int | Sequence[int] = 512,
@@ -235,7 +237,7 @@ def _checked_areas(target_area: float | Sequence[float], step: int) -> list[floa
     return areas
 
 
-def _array(sizes: Sequence[Size]) -> Sizes:
+def _array(sizes: Originals) -> Sizes:
     return np.array(sizes, dtype=int).reshape(-1, 2)
 
 
@@ -374,7 +376,7 @@ class Fit(NamedTuple):
     """The share of the training image that is padding."""
 
 
-def fit(sizes: Sequence[Size], buckets: Buckets) -> Fit:
+def fit(sizes: Originals, buckets: Buckets) -> Fit:
     """How well the buckets fit the images."""
     images, wanted = _array(sizes), _array(buckets.sizes)[buckets.assignment]
     if not buckets.scaled:

@@ -103,6 +103,18 @@ def from_json_lines(text: str, path: Path, problems: list[str]) -> list[Row]:
     return rows
 
 
+def from_member(text: str, name: str) -> Lines:
+    """The captions in a member of a tar that is JSON: an object with `caption` or `text`.
+
+    Raises:
+        UserError: something else.
+    """
+    try:
+        return _lines(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}: the caption {error}") from None
+
+
 Reader = Callable[[str, Path, list[str]], list[Row]]
 """The text of a file, its path for messages, and the problems, which are added to."""
 

@@ -1,18 +1,27 @@
 """Captions of a folder of images: files beside them, or one table for all."""
 
+import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
-from jaxft.data.caption_tables import READERS, Lines, Row, lines_of
+from jaxft.data import files, shards
+from jaxft.data.caption_tables import READERS, Lines, Row, from_member, lines_of
+from jaxft.data.files import Span
 from jaxft.data.images import SUFFIXES
+from jaxft.data.index import Index
 from jaxft.errors import UserError
 
 TEXT_SUFFIXES = (".txt", ".caption")
 FILES = frozenset(TEXT_SUFFIXES).union(*(suffixes for suffixes, _ in READERS.values()))
 """Suffixes of all files that hold captions, casefolded."""
+
+RECIPE = 1
+"""To be raised when a text file is read in another way: what was read before is kept."""
+
+_SUFFIXES = tuple(FILES)
 
 MAX_CHARACTERS = 20_000
 """Of one caption: more is another kind of file, and costs seconds in every batch."""
@@ -50,6 +59,8 @@ def load(
     root: Path | None = None,
     several: Several | None = None,
     missing: Missing = "error",
+    members: Mapping[str, Span] | None = None,
+    kept: Path | None = None,
 ) -> Captions:
     """The captions of the image files `names`, paths below the folder `root`.
 
@@ -61,16 +72,22 @@ def load(
     `random` one each time, or all of them, `join`ed by spaces. Without it they are a problem. So is
     an image without caption, unless `missing` is `empty`.
 
+    Where the images are members of tars, `members` are the captions beside them, and the folder is
+    that of the tars. `kept` is where indices are kept, see `index`.
+
     Raises:
         UserError: `caption_file` is none of these.
     """
     if caption_file is None:
         return Captions([("",)] * len(names), [], [])
     place = caption_file if isinstance(caption_file, Place) else Place(Path(caption_file))
-    path, form, texts = _found(place, names)
     problems: list[str] = []
+    if members is not None:
+        found, spare = _from_texts(place.path, names, problems, kept, members)
+        return _settled(found, names, several, missing, problems, spare)
+    path, form, texts = _found(place, names)
     if form == "text":
-        found, spare = _from_texts(path, texts, names, problems)
+        found, spare = _from_texts(path, names, problems, kept, dict.fromkeys(texts))
     else:
         rows = READERS[form][1](decode(path, _MAX_BYTES["table"]), path, problems)
         found, spare = _from_rows(rows, names, root, path.name, problems)
@@ -89,8 +106,8 @@ def _found(place: Place, names: Sequence[str]) -> tuple[Path, str, list[str]]:
                 f"caption_file: {path} is neither a folder nor a .json, .yaml or .jsonl file"
             )
         return path, form or str(by_suffix), []
-    files = {entry.name: _form(entry.name) for entry in sorted(path.iterdir()) if _is_file(entry)}
-    tables = [name for name, of in files.items() if of in ((form,) if form else READERS)]
+    wanted = (form,) if form else READERS
+    tables = [name for name in _caption_files(path) if _form(name) in wanted]
     texts = _text_files(path, names)
     if form == "text" or (form is None and not tables):
         return path, "text", texts
@@ -100,53 +117,100 @@ def _found(place: Place, names: Sequence[str]) -> tuple[Path, str, list[str]]:
             f"{some(tables) or 'no table'}; name the one file to read, or keep text files in a "
             "folder without .json, .yaml and .jsonl"
         )
-    return path / tables[0], str(files[tables[0]]), []
+    return path / tables[0], str(_form(tables[0])), []
 
 
 def _form(name: str) -> str | None:
-    suffix = PurePosixPath(name).suffix.casefold()
+    suffix = os.path.splitext(name)[1].casefold()
     if suffix in TEXT_SUFFIXES:
         return "text"
     return next((form for form, (suffixes, _) in READERS.items() if suffix in suffixes), None)
 
 
-def _is_file(path: Path) -> bool:
-    return not path.name.startswith(".") and path.is_file()
+def _caption_files(folder: Path) -> list[str]:
+    """Names of the files in a folder that may hold captions, in order."""
+    with os.scandir(folder) as entries:
+        return sorted(
+            entry.name
+            for entry in entries
+            if entry.name.casefold().endswith(_SUFFIXES)
+            and not entry.name.startswith(".")
+            and _is_file(entry)
+        )
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a loop of links
+        return False
 
 
 def _text_files(folder: Path, names: Sequence[str]) -> list[str]:
     """The text files in the folders that the images are in, as paths below the folder."""
-    folders = [folder / parent for parent in sorted({PurePosixPath(n).parent for n in names})]
+    inner = sorted({name.rpartition("/")[0] for name in names})
     return [
-        entry.relative_to(folder).as_posix()
-        for inner in folders
-        if inner.is_dir()
-        for entry in sorted(inner.iterdir())
-        if _form(entry.name) == "text" and _is_file(entry)
+        f"{at}/{name}" if at else name
+        for at in inner
+        if (folder / at).is_dir()
+        for name in _caption_files(folder / at)
+        if _form(name) == "text"
     ]
 
 
 def _from_texts(
-    folder: Path, files: Sequence[str], names: Sequence[str], problems: list[str]
+    folder: Path,
+    names: Sequence[str],
+    problems: list[str],
+    kept: Path | None,
+    texts: Mapping[str, Span | None],
 ) -> tuple[list[Lines | None], list[str]]:
-    """One text file for each image, of the same name up to the suffix; and the spare ones."""
-    wanted = {_stem(name) for name in names}
-    found: dict[str, Lines] = {}
+    """One of the text files for each image, of the same name up to the suffix, those of tars up to
+    the first dot; and the spare ones."""
+    members = any(texts.values())
+    key = shards.key if members else _stem
+    wanted = set(map(key, names))
     chosen: dict[str, str] = {}
-    for file in files:
-        stem = _stem(file)
+    spare = []
+    for file in sorted(texts, key=_preference) if members else texts:
+        stem = key(file)
         if stem not in wanted:
-            continue
-        if stem in found:
+            spare.append(file)
+        elif stem not in chosen:
+            chosen[stem] = file
+        elif not members:
             problems.append(f"{chosen[stem]} and {file} are captions of one image; keep one")
-        chosen[stem] = file
-        try:
-            found[stem] = lines_of(decode(folder / file, _MAX_BYTES["text"]))
-        except UserError as error:
-            found[stem] = ("",)
-            problems.append(str(error))
-    spare = [file for file in files if _stem(file) not in wanted]
-    return [found.get(_stem(name)) for name in names], spare
+    picked, found = list(chosen.values()), {}
+    looked = Index(kept, folder, f"captions {RECIPE}").look(
+        picked,
+        lambda place: _stamp(folder, picked[place], texts[picked[place]]),
+        lambda place: _text(folder, picked[place], texts[picked[place]]),
+        title=f"reading captions of {folder}",
+    )
+    for stem, fact in zip(chosen, looked, strict=True):
+        if isinstance(fact, UserError):
+            problems.append(str(fact))
+        found[stem] = ("",) if isinstance(fact, UserError) else tuple(fact)
+    return [found.get(key(name)) for name in names], spare
+
+
+def _stamp(folder: Path, file: str, span: Span | None) -> files.Stamp | None:
+    return files.stamp(span.file if span else f"{folder}/{file}")
+
+
+def _preference(member: str) -> int:
+    return shards.CAPTIONS.index(os.path.splitext(member)[1].casefold())
+
+
+def _text(folder: Path, file: str, span: Span | None) -> Lines:
+    """The captions in one text file, or in a member of a tar, which may be JSON."""
+    if span is None:
+        return lines_of(decode(folder / file, _MAX_BYTES["text"]))
+    try:
+        text = _decoded(files.read(folder / file, _MAX_BYTES["text"], span), file)
+    except UserError as error:
+        raise UserError(str(error) if file in str(error) else f"{file}: {error}") from None
+    return from_member(text, file) if file.casefold().endswith(".json") else lines_of(text)
 
 
 def _from_rows(
@@ -243,17 +307,22 @@ def decode(path: Path, max_bytes: int = _MAX_BYTES["text"]) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path.name}: {error.strerror}") from None
+    return _decoded(data, path.name)
+
+
+def _decoded(data: bytes, name: str) -> str:
+    """The text of the bytes of a file."""
     utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
     try:
         text = data.decode("utf-16" if utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
         offset = error.start + len(data) - len(error.object)  # counted without the mark, or with
         raise UserError(
-            f"{path.name}: byte {offset} (0x{data[offset]:02x}) is not "
+            f"{name}: byte {offset} (0x{data[offset]:02x}) is not "
             f"{'UTF-16' if utf16 else 'UTF-8'}: save it as UTF-8"
         ) from None
     if fault := _fault(text):
-        raise UserError(f"{path.name}: holds {fault}: save it as UTF-8 text")
+        raise UserError(f"{name}: holds {fault}: save it as UTF-8 text")
     return text.strip()
 
 
@@ -275,6 +344,9 @@ def _folded(name: str) -> str:
 
 
 def _stem(name: str) -> str:
+    if name.isascii() and not re.search(r"[\\]|//|(^|/)\.", name):  # a million take two seconds
+        head, dot, end = name.rpartition(".")
+        return head if dot and end and head and "/" not in end else name
     path = PurePosixPath(unicodedata.normalize("NFC", name).replace("\\", "/"))
     return str(path.with_suffix(""))
 

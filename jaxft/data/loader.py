@@ -5,17 +5,20 @@ a run in its data is one number, the step.
 """
 
 import sys
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import grain
 import numpy as np
+from jaxtyping import Int
 
-from jaxft.data import images, latents, prompts, source, text_states
+from jaxft.data import images, latents, prompts, records, source, text_states
 from jaxft.data.batches import BatchPlan
 from jaxft.data.buckets import Buckets
-from jaxft.data.tokens import Tokenizer
+from jaxft.data.tokens import ROW, Tokenizer
 from jaxft.shapes import NEGATIVE, TEXT_INPUTS, TEXT_STATES
 
 Batch = dict[str, np.ndarray]
@@ -38,6 +41,23 @@ class Shape(NamedTuple):
     size: tuple[int, int]
     num_images: int
     num_batches: int
+
+
+class Summary(NamedTuple):
+    """What all records of a data set come to."""
+
+    originals: Int[np.ndarray, "n 2"]
+    """Width and height of each image."""
+    num_flipped: int
+    """Images that are mirrored half of the time."""
+    num_random: int
+    """Images of which another part is kept in every epoch."""
+    num_kept: int
+    """Images whose crop keeps what their mask shows."""
+    num_masked: int
+    """Images whose parts count as their masks say."""
+    with_negatives: bool
+    """Whether there are negative prompts."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +87,24 @@ class Dataset:
         """Batches an epoch."""
         return self.plan.num_batches
 
+    @cached_property
+    def summary(self) -> Summary:
+        """What all records come to, gone through once."""
+        sizes, flipped, drawn, kept, masked, negatives = array("i"), 0, 0, 0, 0, False
+        for record in self.records:
+            sizes.extend(record.size)
+            flipped += record.flip
+            drawn += record.crop == "random"
+            masked += record.mask is not None
+            kept += record.mask is not None and record.crop == "mask"
+            negatives |= record.recipe.opposites is not None
+        originals = np.array(sizes, np.int64).reshape(-1, 2)
+        return Summary(originals, flipped, drawn, kept, masked, negatives)
+
     @property
     def with_masks(self) -> bool:
         """Whether a batch says how much the parts of its images count."""
-        return any(record.mask for record in self.records)
+        return self.summary.num_masked > 0
 
     @property
     def shapes(self) -> list[Shape]:
@@ -86,31 +120,30 @@ class Dataset:
         return [self.buckets.sizes[bucket] for bucket in self.buckets.assignment.tolist()]
 
     @property
-    def wanted(self) -> list[tuple[source.Record, tuple[int, int]]]:
+    def wanted(self) -> Iterator[tuple[source.Record, tuple[int, int]]]:
         """Every view of every image with its size, for `latents.cache`."""
-        return [
-            (view, size)
-            for record, size in zip(self.records, self.sizes, strict=True)
-            for view in source.views(record, size)
-        ]
+        for record, size in zip(self.records, self.sizes, strict=True):
+            yield from ((view, size) for view in source.views(record, size))
 
     @property
     def truncated(self) -> list[str]:
         """Names of the images whose prompt, as long as it can be, is cut off at the end."""
-        tokenizer = self.tokenizers[0]
-        recipes: dict[int, list[prompts.Recipe]] = {}
+        tokenizer, room = self.tokenizers[0], (ROW - 2) * self.repeats
+        recipes: dict[int, tuple[list[prompts.Recipe], float]] = {}
         names = []
-        for record in {record.path: record for record in self.records}.values():
+        for record in records.once(self.records):
             how = record.recipe
             if id(how) not in recipes:  # one for each source
-                recipes[id(how)] = [
-                    prompts.with_longest_templates(side, tokenizer.length) for side in how.sides
-                ]
-            longest = [
-                prompts.longest(record.captions, side, tokenizer.length)
-                for side in recipes[id(how)]
-            ]
-            if not all(tokenizer.fits(text, self.repeats) for text in longest):
+                sides = [prompts.with_longest_templates(s, tokenizer.length) for s in how.sides]
+                # A token has a character at least, of plain text; so short captions need no look.
+                plain = not tokenizer.with_words and not (how.before or how.after)
+                longest = min(prompts.room(side, room) for side in sides) if plain else -1
+                recipes[id(how)] = sides, longest
+            sides, short = recipes[id(how)]
+            if all(len(text) <= short and text.isascii() for text in record.captions):
+                continue
+            texts = [prompts.longest(record.captions, side, tokenizer.length) for side in sides]
+            if not all(tokenizer.fits(text, self.repeats) for text in texts):
                 names.append(record.path.name)
         return names
 
@@ -142,7 +175,7 @@ class Dataset:
     @property
     def with_negatives(self) -> bool:
         """Whether a batch holds negative prompts too."""
-        return any(record.recipe.negative for record in self.records)
+        return self.summary.with_negatives
 
     def texts(self, records: Sequence[source.Record], picks: Sequence[int]) -> Batch:
         """Token ids of the prompts that numbers choose, or the states that are kept of them."""

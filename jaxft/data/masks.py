@@ -71,20 +71,33 @@ def find(root: Path, names: Sequence[str], *, recursive: bool) -> Found:
     return Found(chosen, problems, notices)
 
 
-def check(data: bytes, path: Path, original: tuple[int, int]) -> Mask:
-    """The mask of an image of the size `original`.
+class Look(NamedTuple):
+    """What a mask's file holds."""
+
+    width: int
+    height: int
+    digest: str
+    shown: images.Box
+
+
+def look(data: bytes) -> Look:
+    """What the file of a mask holds.
 
     Raises:
-        UserError: the file is no image, or of another shape.
+        UserError: it is no image.
     """
     grey = _grey(data)
-    width, height = grey.size
-    if abs(width * original[1] / (height * original[0]) - 1) > MAX_APART:
-        raise UserError(
-            f"the mask is {width}x{height}, its image {original[0]}x{original[1]}: give both one "
-            "shape"
-        )
-    return Mask(path, hashlib.sha256(data).hexdigest(), _shown(np.asarray(grey)))
+    return Look(*grey.size, hashlib.sha256(data).hexdigest(), _shown(np.asarray(grey)))
+
+
+def misfit(found: Look, original: tuple[int, int]) -> str:
+    """What is wrong if an image of the size `original` and its mask differ in shape; else ''."""
+    width, height = found[:2]
+    if abs(width * original[1] / (height * original[0]) - 1) <= MAX_APART:
+        return ""
+    return (
+        f"the mask is {width}x{height}, its image {original[0]}x{original[1]}: give both one shape"
+    )
 
 
 def _shown(grey: UInt8[np.ndarray, "h w"]) -> images.Box:

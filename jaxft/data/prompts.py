@@ -1,5 +1,6 @@
 """Prompts: a caption, what is done to it, and the template that it is put into."""
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -117,6 +118,17 @@ def with_longest_templates(how: Recipe, measure: Measure) -> Recipe:
     for line in sorted(how.templates, key=lambda line: lengths[line]):
         found[templates.count(line, "caption")] = line
     return how._replace(templates=tuple(found.values()))
+
+
+def room(how: Recipe, most: int) -> int:
+    """The characters of a caption with which each prompt has at most `most`, if nothing is done to
+    it and all is ASCII; negative if there are none."""
+    rooms = []
+    for line in how.templates:
+        uses, text = templates.count(line, "caption"), templates.fill(line, how.word_names, "x")
+        left = most - len(text) + uses if text.isascii() else -1
+        rooms.append(left // uses if uses else (sys.maxsize if left >= 0 else -1))
+    return min(rooms)
 
 
 def _bits(pick: int, use: int) -> np.random.Philox:

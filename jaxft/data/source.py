@@ -1,59 +1,32 @@
 """One folder of images as records: every image decoded once, every misfit reported at once."""
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from tqdm import tqdm
 
 from jaxft.builtin.names import resolve
-from jaxft.data import captions, images, listing, masks, prompts, templates
+from jaxft.data import captions, files, images, listing, looks, masks, prompts, templates
 from jaxft.data.buckets import VAE_STRIDE
-from jaxft.data.captions import shown, some
-from jaxft.data.images import CENTRE, View
+from jaxft.data.captions import shown
+from jaxft.data.files import Span
+from jaxft.data.images import View
+from jaxft.data.listing import Listing
+from jaxft.data.records import Columns, Crop, Record, Records
 from jaxft.data.text_transforms import Step
 from jaxft.errors import UserError
 
 _MOST_TOLD = 100
 """Problems in one message."""
 
-Crop = Literal["center", "random", "mask"]
-"""Which part of an image is kept: `mask`, what its mask shows."""
-
-
-class Record(NamedTuple):
-    """One image of a data set, with all that is needed to make its pixels and its prompt."""
-
-    path: Path
-    size: tuple[int, int]
-    """Width and height, upright."""
-    digest: str
-    """SHA-256 of the file."""
-    captions: tuple[str, ...]
-    """One, or several of which one is drawn each time."""
-    recipe: prompts.Recipe
-    """What its prompts are made by."""
-    bg_color: tuple[int, int, int]
-    scaled: bool = True
-    """Whether it is scaled to cover the size of its bucket; else it is cropped and padded."""
-    crop: Crop = "center"
-    flip: bool = False
-    """Whether it is mirrored half of the time."""
-    view: View = CENTRE
-    """What is shown of it; see `framed`."""
-    mask: masks.Mask | None = None
-    """How much its parts count in the loss; None: all alike."""
-
 
 class Source(NamedTuple):
     """The records of one folder, by name, `repeat` times over; and what its user should know."""
 
-    records: list[Record]
+    records: Records
     notices: list[str]
 
 
@@ -73,50 +46,82 @@ def index(
     crop: Crop = "center",
     flip: bool = False,
     repeat: int = 1,
+    kept: Path | None = None,
 ) -> Source:
-    """Reads a folder: decodes every image once, with a progress bar.
+    """Reads a folder, or tars: decodes every image once, with a progress bar.
 
     Folders may be `builtin:NAME`; the keywords are the keys of a source in `configs/base.yaml`.
+    `kept` is the folder of an index of what was read before, see `data.index`: what has not changed
+    since is not opened.
 
     Raises:
         UserError: lists every image that cannot be read or has no caption, and why.
     """
     lines = templates.load_templates(prompt_template) if prompt_template else ("{caption}",)
     recipe = prompts.recipe(lines, word_names or {}, text_transforms)
-    color, root = _color(bg_color), resolve(img_root)
     if repeat < 1:
         raise UserError(f"repeat: {repeat} must be at least 1")
+    folder = resolve(img_root)
     mask_root = resolve(att_mask) if att_mask is not None else None
-    found = listing.find(root, recursive=recursive, without=[mask_root] if mask_root else [])
-    covers = _masks(mask_root, root, found.names, crop, recursive=recursive)
+    found = listing.find(
+        folder, recursive=recursive, without=[mask_root] if mask_root else [], kept=kept
+    )
+    covers = _masks(mask_root, found.root, found.names, crop, recursive=recursive)
+    place = _place(caption_file)
+    beside = place is not None and found.texts is not None and place.path == folder
     texts = captions.load(
-        _place(caption_file),
+        place,
         found.names,
-        root=root,
+        root=found.root,
         several=caption_lines,
         missing=missing_captions,
+        members=found.texts if beside else None,
+        kept=kept,
     )
-    looks = _look_at(root, found.names, color, covers.names, mask_root)
+    shared = Record(found.root, "", (0, 0), "", (), recipe, _color(bg_color), crop=crop, flip=flip)
+    columns = Columns(shared, mask_root, repeat)
     problems = [*found.problems, *texts.problems, *covers.problems]
-    told = _all_usable(img_root, problems, found.names, looks)
-    notices = [*found.notices, *texts.notices, *covers.notices, *_what_they_are(told)]
-    notices += _unused(recipe, caption_file is not None) + _too_small(told, min_size or 0)
-    records = [
-        Record(
-            root / name,
-            look.size,
-            look.digest,
-            text,
-            recipe,
-            color,
-            crop=crop,
-            flip=flip,
-            mask=look.mask,
-        )
-        for (name, look), text in zip(told, texts.texts, strict=True)
-        if min(look.size) >= (min_size or 0)
-    ]
-    return Source(records * repeat, [f"{img_root}: {notice}" for notice in notices])
+    told = _look(found, covers.names, mask_root, texts.texts, columns, min_size or 0, kept)
+    _check_usable(img_root, problems + told.problems)
+    if not len(columns):
+        raise UserError(f"min_size: all images have a side of fewer than {min_size} pixels")
+    notices = [*found.notices, *texts.notices, *covers.notices, *told.notices]
+    notices += _unused(recipe, caption_file is not None)
+    return Source(Records([columns]), [f"{img_root}: {notice}" for notice in notices])
+
+
+class _Told(NamedTuple):
+    problems: list[str]
+    notices: list[str]
+
+
+def _look(
+    found: Listing,
+    covers: Sequence[str | None],
+    mask_root: Path | None,
+    texts: Sequence[captions.Lines],
+    columns: Columns,
+    min_size: int,
+    kept: Path | None,
+) -> _Told:
+    """Looks at all images and masks; what is used goes to the columns."""
+    problems, known, surprises = [], [], looks.Surprises()
+    images_of = looks.at_images(found, kept, known)
+    masks_of = looks.at_masks(mask_root, covers, kept)
+    for place, (name, seen, over) in enumerate(zip(found.names, images_of, masks_of, strict=True)):
+        cover = covers[place] or ""
+        try:
+            look, mask = _usable(seen, over, cover)
+        except UserError as error:
+            problems.append(f"{shown(name)}: {error}")
+            continue
+        if min(look.size) < min_size:
+            surprises.leave_out(name)
+        else:
+            surprises.note(name, look)
+            span = found.spans[place] if found.spans else None
+            columns.append(name, look, texts[place], (cover, mask), span)
+    return _Told(problems, surprises.notices + known)
 
 
 def _masks(
@@ -131,91 +136,29 @@ def _masks(
     return masks.find(mask_root, names, recursive=recursive)
 
 
-class _Look(NamedTuple):
-    """An image file that can be used."""
-
-    size: tuple[int, int]
-    digest: str
-    kind: images.Kind
-    mask: masks.Mask | None
-
-
-def _look_at(
-    root: Path,
-    names: Sequence[str],
-    color: tuple[int, int, int],
-    covers: Sequence[str | None],
-    mask_root: Path | None,
-) -> list[_Look | UserError]:
-    """What becomes of each image, and of its mask below `mask_root`, when it is read."""
-
-    def look(name: str, cover: str | None) -> _Look | UserError:
-        try:
-            data = _bytes(root / name)
-            size, kind = images.decode(data, color).size, images.kind(data)
-        except UserError as error:
-            return error
-        try:
-            path = mask_root / cover if mask_root and cover else None
-            mask = masks.check(_bytes(path), path, size) if path else None
-        except UserError as error:
-            return UserError(f"its mask {shown(str(cover))}: {error}")
-        return _Look(size, hashlib.sha256(data).hexdigest(), kind, mask)
-
-    pool = ThreadPoolExecutor(os.cpu_count())
-    try:
-        return list(
-            tqdm(pool.map(look, names, covers), f"reading {root}", len(names), unit="image")
-        )
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
+def _usable(
+    look: looks.Look | UserError, mask: masks.Look | UserError | None, cover: str
+) -> tuple[looks.Look, masks.Look | None]:
+    """An image and its mask; raises UserError where one of them cannot be used."""
+    if isinstance(look, UserError):
+        raise look
+    if isinstance(mask, UserError):
+        raise UserError(f"its mask {shown(cover)}: {mask}")
+    if mask and (misfit := masks.misfit(mask, look.size)):
+        raise UserError(f"its mask {shown(cover)}: {misfit}")
+    return look, mask
 
 
-def _all_usable(
-    img_root: str | Path,
-    problems: Sequence[str],
-    names: Sequence[str],
-    looks: Sequence[_Look | UserError],
-) -> list[tuple[str, _Look]]:
-    """The images with their names; else one `UserError` with everything that must be mended."""
-    problems = list(problems) + [
-        f"{shown(name)}: {look}"
-        for name, look in zip(names, looks, strict=True)
-        if isinstance(look, UserError)
-    ]
+def _check_usable(img_root: str | Path, problems: list[str]) -> None:
+    """One `UserError` with everything that must be mended."""
     if not problems:
-        pairs = zip(names, looks, strict=True)
-        return [(name, look) for name, look in pairs if isinstance(look, _Look)]
+        return
     more = len(problems) - _MOST_TOLD
     raise UserError(
         f"{img_root}: {len(problems)} of its images and captions cannot be used; mend or "
         + "remove these files:\n  "
         + "\n  ".join(problems[:_MOST_TOLD] + ([f"and {more} more"] if more > 0 else []))
     )
-
-
-def _what_they_are(told: Sequence[tuple[str, _Look]]) -> list[str]:
-    """Notices of images that are not what one would think."""
-    misnamed = [
-        f"{shown(name)} ({look.kind.format})"
-        for name, look in told
-        if Path(name).suffix.casefold() not in images.FORMATS[look.kind.format]
-    ]
-    several = [name for name, look in told if look.kind.frames]
-    notices = []
-    if misnamed:
-        notices.append(f"images whose name says otherwise, and are used: {some(misnamed)}")
-    if several:
-        notices.append(f"of several frames the first is used: {some(several)}")
-    return notices
-
-
-def _too_small(told: Sequence[tuple[str, _Look]], min_size: int) -> list[str]:
-    """A notice of the images that are left out."""
-    small = [name for name, look in told if min(look.size) < min_size]
-    if len(small) == len(told):
-        raise UserError(f"min_size: all images have a side of fewer than {min_size} pixels")
-    return [f"left out, smaller than min_size: {len(small)}: {some(small)}"] if small else []
 
 
 def pixels(record: Record, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
@@ -225,7 +168,7 @@ def pixels(record: Record, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
     Raises:
         UserError: the file is gone, or another than when it was indexed.
     """
-    data = _unchanged(record.path, record.digest)
+    data = _unchanged(record.path, record.digest, record.span)
     fit = images.resize_and_crop if record.scaled else images.crop_and_pad
     return fit(images.decode(data, record.bg_color), size, record.view)
 
@@ -242,10 +185,10 @@ def loss_weights(record: Record, size: tuple[int, int]) -> Float[np.ndarray, "h/
     return masks.weights(data, record.size, size, record.view, scaled=record.scaled)
 
 
-def _unchanged(path: Path, digest: str) -> bytes:
+def _unchanged(path: Path, digest: str, span: Span | None = None) -> bytes:
     """The content of a file that was indexed."""
     try:
-        data = _bytes(path)
+        data = files.read(path, images.MAX_BYTES, span)
     except UserError as error:
         raise UserError(f"{path}: {error} (it was there when this run began)") from None
     if hashlib.sha256(data).hexdigest() != digest:
@@ -295,17 +238,6 @@ def _place(caption_file: str | Path | captions.Place | None) -> captions.Place |
     if caption_file is None or isinstance(caption_file, captions.Place):
         return caption_file and caption_file._replace(path=resolve(caption_file.path))
     return captions.Place(resolve(caption_file))
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        if not path.is_file():  # a pipe would wait for ever
-            raise UserError("no such file" if not path.exists() else "not a file")
-        if path.stat().st_size > images.MAX_BYTES:
-            raise UserError(f"more than {images.MAX_BYTES >> 20} MiB: scale it down")
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(error.strerror or str(error)) from None
 
 
 def _color(bg_color: Sequence[int]) -> tuple[int, int, int]:

@@ -69,6 +69,11 @@ class Tokenizer:
             self._rows[self._backend.token_to_id(word)] = range(first, first + count)
             first += count
 
+    @property
+    def with_words(self) -> bool:
+        """Whether some words stand for several tokens."""
+        return any(len(rows) > 1 for rows in self._rows.values())
+
     def ids(self, text: str) -> list[int]:
         """The ids of a text's tokens, without start and end."""
         return [token for token, _ in self._tokens(text)]

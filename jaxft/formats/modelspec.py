@@ -7,7 +7,7 @@ no paths, no account, no whole captions.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import PurePath
 from typing import Any
@@ -49,7 +49,7 @@ def header(configs: Configs, title: str, kind: str = "") -> dict[str, str]:
 
 
 def training(
-    *, base: str, captions: Sequence[str], words: Iterable[str], settings: Mapping[str, Any]
+    *, base: str, captions: Iterable[str], words: Iterable[str], settings: Mapping[str, Any]
 ) -> dict[str, str]:
     """What training adds: the date, the words that call up what was learned, tags, settings.
 
@@ -65,7 +65,7 @@ def training(
     }
     if phrase := ", ".join(dict.fromkeys(words)):
         texts["modelspec.trigger_phrase"] = phrase
-    tags = [tag.strip() for caption in captions for tag in caption.split(",")]
+    tags = (tag.strip() for caption in captions for tag in caption.split(","))
     counted = Counter(tag for tag in tags if 0 < len(tag) <= LONGEST_TAG)
     if counted:
         most = dict(counted.most_common(MOST_TAGS))
