@@ -36,15 +36,15 @@ def put(plan: Plan, weights: Weights) -> Weights:
 
 def assemble(plan: Plan) -> Run:
     """Networks and frozen weights; of the VAE only what steps need."""
+    plan = plan._replace(selection=selection.begin(plan.selection, plan.model))
     config, parts, family = plan.config, plan.model.parts, plan.model.family
     dtype = jnp.dtype(plans.COMPUTE[config.mixed_precision])
     policy = config.model.gradient_checkpointing
     remat = REMAT[policy] if isinstance(policy, bool) else policy
     options = {"unet": {"remat": remat}}
-    labels, loras = plan.selection.labels, plan.selection.adapters
+    loras = plan.selection.adapters
     frozen: dict[str, Any] = {
-        name: {k: v for k, v in part.params.items() if k not in labels.get(name, {})}
-        for name, part in parts.items()
+        name: selection.frozen(plan.selection, plan.model, name) for name in parts
     }
     frozen = {
         name: params.cast(weights, np.float32 if name == "vae" else dtype)
@@ -91,7 +91,8 @@ def assemble(plan: Plan) -> Run:
 
 def initial(plan: Plan) -> dict[str, Any]:
     """What is trained as it is before the first step, on the host."""
-    trainable = selection.initial(plan.selection, plan.model, plan.config.seed)
+    dtype = params.DTYPES[plan.config.train.weights_dtype]
+    trainable = selection.initial(plan.selection, plan.model, plan.config.seed, dtype)
     return trainable | ({words.PART: plan.words.trained} if plan.words.groups else {})
 
 
@@ -107,7 +108,7 @@ def _teacher(initial: Weights, dtype: Any) -> Weights:
 def check_room(run: Run) -> None:
     """Raises UserError, before anything is compiled, where what is held leaves no room."""
     state = run.programs.state(initial(run.plan))
-    held = meshes.bytes_on_a_device((state, state.trainable, run.frozen))
+    held = run.programs.held(state, run.frozen)
     memory.check(held, memory.of_device(), "the weights, gradients and optimizer alone")
 
 

@@ -23,10 +23,13 @@ from jaxft.diffusion.losses import Criterion
 from jaxft.diffusion.scheduler_config import SAMPLERS
 from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder
+from jaxft.tuning.dadapt import dadapt_adam
+from jaxft.tuning.eight_bit import adamw_8bit
 from jaxft.tuning.ema import average
 from jaxft.tuning.factored import adafactor, came
 from jaxft.tuning.muon import muon
-from jaxft.tuning.optimizers import adamw, dadapt_adam, lion, prodigy, sgd
+from jaxft.tuning.optimizers import adamw, lion, prodigy, sgd
+from jaxft.tuning.schedule_free import adamw_schedule_free
 
 
 def scheduler(class_name: str, **options: Any) -> dict[str, Any]:
@@ -111,10 +114,12 @@ TARGETS: dict[str, tuple[str, Callable[..., Any]]] = {
     "torch.optim.Muon": ("optimizer", muon),
     "torch.optim.SGD": ("optimizer", sgd),
     "transformers.optimization.Adafactor": ("optimizer", adafactor),
+    "bitsandbytes.optim.AdamW8bit": ("optimizer", adamw_8bit),
     "came_pytorch.CAME": ("optimizer", came),
     "dadaptation.DAdaptAdam": ("optimizer", dadapt_adam),
     "lion_pytorch.Lion": ("optimizer", lion),
     "prodigyopt.Prodigy": ("optimizer", prodigy),
+    "schedulefree.AdamWScheduleFree": ("optimizer", adamw_schedule_free),
     **{name: ("criterion", partial(criterion, error)) for name, error in _ERRORS.items()},
     **{name: ("criterion", partial(weighted_criterion, of)) for name, of in _WEIGHTED.items()},
     "hcpdiff.utils.ema.ModelEMA": ("average", average),

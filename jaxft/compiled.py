@@ -79,7 +79,8 @@ class Programs:
             key: the run's key.
             batches: of each data set, one batch of every shape (arrays or shapes).
         """
-        total = state.trainable if self._adds_up else None
+        grads = jax.tree.map(_as_float32, state.trainable)
+        total = grads if self._adds_up else None
         numbers = self._numbers(0, 0)
         average, state = state.average, state._replace(average={})
         where = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -91,9 +92,9 @@ class Programs:
             for shapes in batches
             for batch in shapes
         }
-        jobs["update"] = (self._update(where), (state, (state.trainable,) * len(self._lanes)))
+        jobs["update"] = (self._update(where), (state, (grads,) * len(self._lanes)))
         if self._adds_up:
-            zeros = functools.partial(jax.tree.map, jnp.zeros_like, state.trainable)
+            zeros = functools.partial(jax.tree.map, jnp.zeros_like, grads)
             jobs["zeros"] = (jax.jit(zeros, out_shardings=where.trainable), ())
         if average:
             move = jax.jit(steps.averaged, donate_argnums=0, out_shardings=where.trainable)
@@ -153,14 +154,17 @@ class Programs:
     def memory(self, state: TrainState, frozen: Weights) -> int:
         """Bytes on a device at the most: what is held, and what the program that needs most adds to
         it, its sums of gradients and temporaries."""
-        held = meshes.bytes_on_a_device((state, frozen))
-        sums = len(self._lanes) * meshes.bytes_on_a_device(state.trainable)
         sizes = {name: program.memory_analysis() for name, program in self._compiled.items()}
         most = max(
             size.temp_size_in_bytes * (1 if name == "update" else len(self._lanes))
             for name, size in sizes.items()
         )
-        return held + sums + most
+        return self.held(state, frozen) + most
+
+    def held(self, state: TrainState, frozen: Weights) -> int:
+        """Bytes on a device of arrays, or shapes: the state, frozen weights and gradients."""
+        sums = [jax.tree.map(_as_float32, state.trainable)] * len(self._lanes)
+        return meshes.bytes_on_a_device((state, frozen, sums))
 
     def _numbers(self, dataset: int, part: int) -> tuple[Any, Any, Any]:
         """What tells apart the data sets whose batches go through one program."""
@@ -168,11 +172,13 @@ class Programs:
 
     def _gradients(self, where: Any) -> Callable:
         objective = self._objective
-        whole = functools.partial(meshes.gathered, self._mesh)
+        gathered = functools.partial(meshes.gathered, self._mesh)
 
         def run(trainable, frozen, batch, dataset, part, factor, key, step, total):
             key = steps.batch_key(key, step, dataset, part)
-            return steps.gradients(objective, factor, trainable, frozen, batch, key, total, whole)
+            return steps.gradients(
+                objective, factor, trainable, frozen, batch, key, total, gathered
+            )
 
         where = (meshes.replicated(self._mesh), where)
         return jax.jit(run, donate_argnames="total", out_shardings=where)
@@ -198,6 +204,10 @@ def _lanes(mesh: Mesh, num_datasets: int) -> list[list[int]]:
     """
     one_cpu = mesh.size == 1 and mesh.devices.item().platform == "cpu"
     return [[dataset] for dataset in range(num_datasets)] if one_cpu else [[*range(num_datasets)]]
+
+
+def _as_float32(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
 
 
 def _placed(shapes: Any, where: Any) -> Any:

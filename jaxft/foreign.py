@@ -58,7 +58,6 @@ REFUSED: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
         for groups in ("lora_unet", "lora_text_encoder")
         for key, (harmless, reason) in {
             "bias": ((False,), "the files of LoRAs have no biases; `unet:` trains them"),
-            "svd_init": ((False,), "a LoRA begins at nothing: `up` is zero"),
             "alpha_auto_scale": ((True,), "alpha is divided by the rank"),
             "branch": ((None,), "a LoRA has one branch"),
         }.items()

@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 from jaxft import (
     averaging,
     cli,
-    compat,
     datasets,
     gallery,
     loss_options,
+    optimization,
     params,
     report,
     selection,
@@ -37,7 +37,7 @@ from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder, single_file
 from jaxft.selection import Selection
 from jaxft.tuning import adapters as loras
-from jaxft.tuning import optimizers, schedules
+from jaxft.tuning import schedules
 from jaxft.tuning.ema import Average
 from jaxft.tuning.groups import Group
 from jaxft.words import Words
@@ -116,7 +116,7 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
     datasets.check_latent_caches(config, sets)
     datasets.check_text_caches(config, selected.labels, sets)
     total_steps = _total_steps(train, sets[0].num_batches)
-    rates, transforms = _transforms(train, selected.groups, total_steps)
+    steered = optimization.from_config(config, selected, model, total_steps)
     return Plan(
         config,
         model,
@@ -125,8 +125,8 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
         mesh,
         selected,
         vocabulary,
-        rates,
-        optimizers.grouped(selected.labels, transforms, train.max_grad_norm),
+        steered.rates,
+        steered.optimizer,
         averaging.from_config(config, total_steps),
         sets,
         total_steps,
@@ -136,6 +136,7 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
             *begun.notices,
             *vocabulary.notices,
             *selected.notices,
+            *steered.notices,
             *_not_written(config, selected),
             *told,
         ],
@@ -178,27 +179,6 @@ def _images_per_update(config: Config, num_devices: int) -> int:
     return images * num_devices * config.train.gradient_accumulation_steps
 
 
-def _transforms(
-    train: Config, groups: Sequence[Group], total_steps: int
-) -> tuple[dict[str, schedules.Rate], dict[str, optax.GradientTransformation]]:
-    """Of each group its rate, and the optimizer that has this rate; words have their own."""
-    rates, transforms = {}, {}
-    for group in groups:
-        end = "_pt" if group.network == words.PART else ""
-        options, node = train[f"scheduler{end}"], train[f"optimizer{end}"]
-        rates[group.name] = rate = schedules.schedule(
-            options.name,
-            group.lr,
-            options.num_warmup_steps,
-            options.num_training_steps or total_steps,
-            **options.scheduler_kwargs.to_dict(),
-        )
-        transforms[group.name] = compat.build(
-            node, "optimizer", f"train.optimizer{end}", learning_rate=rate
-        )
-    return rates, transforms
-
-
 def describe(plan: Plan) -> str:
     """The plan as text for people."""
     config, train = plan.config, plan.config.train
@@ -221,6 +201,7 @@ def describe(plan: Plan) -> str:
                 f"schedule {schedule_name}"
             ],
         ),
+        ("optimizer", optimization.told(train, plan.selection.groups)),
         ("loss", _loss_lines(config.train)),
         ("average", averaging.told(plan.average)),
         ("notice", plan.notices),
@@ -277,11 +258,12 @@ def _group_line(plan: Plan, group: Group) -> str:
     total = sum(map(params.count, networks))
     weights = int(sum(own)) + sum(adapter.size for adapter in low)
     tensors = f"{len(own)} tensors"
+    faster = f" (of up {group.lr * group.up_ratio:.3g})" if group.up_ratio != 1 else ""
     if low:
         tensors = loras.describe(low)
     return (
         f"{group.name:10}{weights:>13,} weights ({100 * weights / total:.1f} %) in "
-        f"{tensors}, rate {group.lr:.3g}, layers {', '.join(map(repr, group.layers))}"
+        f"{tensors}, rate {group.lr:.3g}{faster}, layers {', '.join(map(repr, group.layers))}"
     )
 
 

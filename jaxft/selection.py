@@ -16,6 +16,7 @@ from jaxft.models import clip
 from jaxft.tuning import adapters as loras
 from jaxft.tuning.adapters import Adapters, LoraGroup
 from jaxft.tuning.groups import Group, Labels, assign
+from jaxft.tuning.groups import layers as patterns_of
 
 NETWORKS = ("unet", "text_encoder")
 """What groups are of; XL's two text encoders are one, their names beginning as in part files."""
@@ -33,6 +34,8 @@ class Selection(NamedTuple):
     notices: list[str]
     begun: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
     """`lora_<network>` -> factors that do not begin at nothing."""
+    principal: Mapping[str, Mapping[str, np.ndarray]] = MappingProxyType({})
+    """Network -> factors of its LoRAs that begin as a part of its weights; see `begin`."""
 
 
 def select(
@@ -54,19 +57,21 @@ def select(
         UserError: nothing is trained, a pattern matches nothing, or a group trains nothing.
     """
     full = [
-        Group(f"{network}.{name}", network, group["layers"], group["lr"] * factor)
+        _group(f"{network}.{name}", network, group, factor)
         for network in NETWORKS
         for name, group in config[network].items()
     ]
     low = [
         LoraGroup(
-            Group(f"lora_{network}.{name}", network, group["layers"], group["lr"] * factor),
+            _group(f"lora_{network}.{name}", network, group, factor),
             group["rank"],
             group["alpha"],
             group["dropout"],
             group["type"],
             group["rank_dropout"],
             group["factor"],
+            group["svd_init"],
+            group["replaces"],
         )
         for network in NETWORKS
         for name, group in config[f"lora_{network}"].items()
@@ -84,10 +89,27 @@ def select(
             place, inner = hcp.place(name, network)
             labels.setdefault(place, {})[inner] = label
     adapters = _adapters(low, named, model, idle, notices)
+    _check_begun(adapters, labels)
     labels |= {f"lora_{network}": loras.labels(own) for network, own in adapters.items()}
     labels |= {"words": {word: group.name for word, group in words.items()}} if words else {}
     groups = [*full, *(lora.group for lora in low), *words.values()]
     return Selection(groups, labels, adapters, notices)
+
+
+def _group(name: str, network: str, node: Mapping[str, Any], factor: float) -> Group:
+    layers = patterns_of(node["layers"], network, f"{name}.layers")
+    ratio = node.get("loraplus_lr_ratio", 1.0)
+    return Group(name, network, layers, node["lr"] * factor, {**node["optimizer"]}, ratio)
+
+
+def _check_begun(adapters: Mapping[str, Adapters], labels: Labels) -> None:
+    for network, layers in adapters.items():
+        for module, own in layers.items():
+            if own[0].svd and f"{module}.weight" in labels.get(network, {}):
+                raise UserError(
+                    f"{own[0].group}.svd_init: {module} is trained in full as well, by "
+                    f"{labels[network][f'{module}.weight']}; keep one"
+                )
 
 
 def _idle(model: Model, clip_skip: int, final_norm: bool) -> set[str]:
@@ -137,29 +159,62 @@ def _adapters(
             network, inner = hcp.place(module, of)
             before = found.setdefault(network, {}).setdefault(inner, [])
             more += bool(before)
+            before = [] if lora.replaces else before
             found[network][inner] = loras.join(before, own, module)
         if more:
-            notices.append(f"{group.name} adds to the LoRAs that {more} of its layers have already")
+            adds = f"{group.name} adds to the LoRAs that {more} of its layers have already"
+            takes = f"{group.name} takes {more} layers over from groups before it"
+            notices.append(takes if lora.replaces else adds)
+        elif lora.replaces:
+            raise UserError(f"{group.name}.replaces: no group before it has one of its layers")
+    kept = {one.group for layers in found.values() for own in layers.values() for one in own}
+    for lora in groups:
+        if lora.group.name not in kept:
+            raise UserError(
+                f"{lora.group.name}: later groups replace all its LoRAs; remove it, or put it last"
+            )
     return found
 
 
-def initial(selection: Selection, model: Model, seed: int) -> dict[str, dict[str, Any]]:
-    """What is trained as it is before step 1, float32, on the host."""
+def initial(
+    selection: Selection, model: Model, seed: int, dtype: Any = np.float32
+) -> dict[str, dict[str, Any]]:
+    """What is trained as it is before step 1, on the host; `dtype`: of layers, not of LoRAs, which
+    are float32."""
     trained: dict[str, dict[str, Any]] = {}
     for network, own in selection.labels.items():
         if network in model.parts:
             weights = model.parts[network].params
             chosen = {name: weights[name] for name in weights if name in own}
-            trained[network] = params.cast(chosen, np.float32)
+            trained[network] = params.cast(chosen, dtype)
     for network, own in selection.adapters.items():
-        factors = loras.init(own, seed, model.parts[network].params)
+        weights, principal = model.parts[network].params, selection.principal.get(network, {})
+        factors = loras.init(own, seed, weights, principal)
         trained[f"lora_{network}"] = factors | dict(selection.begun.get(f"lora_{network}", {}))
     return trained
+
+
+def begin(selection: Selection, model: Model) -> Selection:
+    """The selection with what its LoRAs begin as, where that is a part of the weights; an SVD of
+    each such weight, a second for one of 1280 x 1280."""
+    principal = {
+        network: loras.begin(own, model.parts[network].params)
+        for network, own in selection.adapters.items()
+    }
+    return selection._replace(principal=principal)
+
+
+def frozen(selection: Selection, model: Model, network: str) -> dict[str, Any]:
+    """The weights of a network that stay as they are."""
+    own, labels = model.parts[network].params, selection.labels.get(network, {})
+    adapters, principal = selection.adapters.get(network, {}), selection.principal.get(network, {})
+    weights = loras.hosts(adapters, principal, own)
+    return {name: weight for name, weight in weights.items() if name not in labels}
 
 
 def lora(selection: Selection, trained: Mapping[str, Mapping[str, Any]]) -> Lora:
     """The LoRA of what is trained; empty if there is none."""
     return {
-        network: loras.result(own, trained[f"lora_{network}"])
+        network: loras.result(own, trained[f"lora_{network}"], selection.principal.get(network, {}))
         for network, own in selection.adapters.items()
     }

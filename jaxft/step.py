@@ -27,6 +27,7 @@ from jaxft.diffusion import noise as noises
 from jaxft.models import vae
 from jaxft.models.encoder import Added
 from jaxft.shapes import NEGATIVE, TEXT_INPUTS, TEXT_STATES, Latents, Params, Pixels, Timesteps
+from jaxft.tuning import rounding, schedule_free
 
 Weights = dict[str, Params]
 """Network (`unet`, `vae`, `text_encoder`) -> its weights, or some of them; `lora_unet`, … -> the
@@ -40,7 +41,7 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
     """Updates made, skipped ones counted."""
     trainable: Weights
-    """float32."""
+    """float32; of layers that are trained in full, bfloat16 if they are to be."""
     opt_state: optax.OptState
     average: Weights
     """Of `trainable`, float32; empty where none is kept."""
@@ -192,17 +193,15 @@ def gradients(
     batch: dict[str, Array],
     key: Array,
     total: Weights | None,
-    whole: Callable[[Weights], Weights] = lambda weights: weights,
+    gathered: Callable[[Weights], Weights] = lambda weights: weights,
 ) -> tuple[Float[Array, ""], Weights]:
-    """A batch's loss, and `total` plus `factor` times its gradient (None: nothing to add to).
+    """A batch's loss, and `total` plus `factor` times its gradient (None: nothing to add to), which
+    is float32. `gathered` makes of weights as they lie on devices those that are computed with."""
 
-    `whole` makes of weights as they are kept those that are computed with.
-    """
+    def loss_of(trained: Weights) -> Array:
+        return loss(objective, gathered(trained), gathered(frozen), batch, key)
 
-    def objective_of(trained: Weights) -> Array:
-        return loss(objective, whole(trained), whole(frozen), batch, key)
-
-    value, grads = jax.value_and_grad(objective_of)(trainable)
+    value, grads = jax.value_and_grad(loss_of)(_whole(trainable))
     grads = jax.tree.map(lambda g: factor * g, grads)
     return value, grads if total is None else jax.tree.map(jnp.add, total, grads)
 
@@ -211,8 +210,14 @@ def init(
     optimizer: optax.GradientTransformation, trainable: Weights, averages: bool = False
 ) -> TrainState:
     """The state before the first step; with an average, which begins as the weights."""
-    average = jax.tree.map(jnp.copy, trainable) if averages else {}
-    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), average)
+    whole = _whole(trainable)
+    average = jax.tree.map(jnp.copy, whole) if averages else {}
+    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(whole), average)
+
+
+def _whole(weights: Weights) -> Weights:
+    """The weights as float32."""
+    return {part: params.cast(own, jnp.float32) for part, own in weights.items()}
 
 
 def averaged(average: Weights, trainable: Weights, share: Float[Array, ""] | float) -> Weights:
@@ -229,9 +234,16 @@ def update(
     """
     norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
     finite = jnp.isfinite(norm)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-    changed = (optax.apply_updates(state.trainable, updates), opt_state)
+    whole = _whole(state.trainable)
+    updates, opt_state = optimizer.update(grads, state.opt_state, whole)
+    moved = rounding.like(optax.apply_updates(whole, updates), state.trainable, state.step)
+    changed = (moved, opt_state)
     trainable, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), changed, (state.trainable, state.opt_state)
     )
     return TrainState(state.step + 1, trainable, opt_state, state.average), norm
+
+
+def result(state: TrainState) -> Weights:
+    """What training has made; of optimizers whose weights in training are others, those to keep."""
+    return schedule_free.result(state.opt_state, state.trainable)

@@ -33,7 +33,7 @@ from jaxft.log import RunLog
 from jaxft.plan import Plan
 from jaxft.records import Numbers, Parts, export, lasting, parts_of, words_of
 from jaxft.signals import Stop
-from jaxft.step import TrainState
+from jaxft.step import TrainState, result
 
 UNSAVED = {
     ".lock",
@@ -258,14 +258,14 @@ def _loop(
             if last or step % every == 0:
                 numbers.flush()
                 checkpoints.save(step, state, {"data": data})
-                trained, average = meshes.fetch((state.trainable, state.average))
+                trained, average = meshes.fetch((result(state), state.average))
                 parts.write(step, parts_of(plan, trained, average), words_of(plan, trained))
             if last:
                 break
     if asked:
         log.message(f"stopped; go on with: python -m jaxft.train --resume {folder}")
         return 128 + asked
-    trained, average = meshes.fetch((state.trainable, state.average))
+    trained, average = meshes.fetch((result(state), state.average))
     if hosts.is_first():
         for path in export(plan, trained, average, folder):
             log.message(f"wrote     {path}")

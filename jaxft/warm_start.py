@@ -115,6 +115,8 @@ def _misfit(adapters: Sequence[Adapter], low: LowRank | Change) -> str | None:
     """How a layer's LoRAs differ from what a file has for it."""
     if not adapters:
         return "the configuration has no LoRA there"
+    if any(adapter.svd for adapter in adapters):
+        return f"{adapters[0].group}.svd_init begins as a part of the weight; leave it out"
     first, kind = adapters[0], low.kind if isinstance(low, Change) else "lora"
     if first.kind != kind:
         return f"{first.group}.type is {first.kind}, the file has {kind}"

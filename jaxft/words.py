@@ -109,7 +109,7 @@ def read(
                 f"{where}.n_word: the file of {name!r} has {len(rows[name])} rows; leave n_word "
                 "out, or give init_text"
             )
-        groups[name] = Group(where, PART, (name,), entry.lr * factor)
+        groups[name] = Group(where, PART, (name,), entry.lr * factor, {**entry.optimizer})
     return Words(rows, groups, notices)
 
 

@@ -1,9 +1,11 @@
 """jaxft's train step beside diffusers' PyTorch loop: same weights, batches, noise and AdamW.
 
     python scripts/bench.py --model narrow --latents 32 --batch 2 --steps 5
+    python scripts/bench.py --mode lora      a LoRA's step beside one of full fine-tuning
+    python scripts/bench.py --mode average   steps with a moving average beside steps without
 
-Both systems train in one process, turn by turn, so that a noisy machine disturbs both alike; the
-losses of all steps are compared. Prints a table and a JSON line.
+Both systems train in one process, turn by turn, so that a noisy machine disturbs both alike; where
+they do the same, the losses of all steps are compared. Prints a table and a JSON line.
 """
 
 import argparse
@@ -27,7 +29,8 @@ from jaxft.compiled import Programs
 from jaxft.diffusion import schedule
 from jaxft.models.clip import CLIPTextModel
 from jaxft.models.unet import UNet2DConditionModel
-from jaxft.tuning import optimizers
+from jaxft.tuning import adapters, optimizers
+from jaxft.tuning.groups import PRESETS, Group
 
 SCALING = 0.18215
 RATE = 1e-5
@@ -49,10 +52,34 @@ class Batch(NamedTuple):
 
 
 class Ours:
-    """jaxft's step, compiled as a run compiles it."""
+    """jaxft's step, compiled as a run compiles it.
 
-    def __init__(self, unet: dict, text: dict, weights: step.Weights, batch: Batch, dtype: Any):
-        unet_def, _ = params.abstract(lambda: UNet2DConditionModel(unet))
+    Args:
+        unet: options of the network.
+        text: of the text encoder.
+        weights: of both.
+        batch: one of the shape of all.
+        dtype: of the activations.
+        rank: of LoRAs, which are trained in place of the UNet; None: it is.
+        every: steps to one of a moving average; None: there is none.
+    """
+
+    def __init__(
+        self,
+        unet: dict,
+        text: dict,
+        weights: step.Weights,
+        batch: Batch,
+        dtype: Any,
+        *,
+        rank: int | None = None,
+        every: int | None = None,
+    ):
+        own = loras(weights["unet"], rank) if rank else {}
+        trainable: Any = {"unet": weights["unet"]}
+        if rank:
+            trainable = {"lora_unet": adapters.init(own, 0)}
+        unet_def, _ = params.abstract(lambda: adapters.attach(UNet2DConditionModel(unet), own))
         text_def, _ = params.abstract(lambda: CLIPTextModel(text))
         objective = step.Objective(
             networks={"unet": unet_def, "text_encoder": text_def},
@@ -60,17 +87,21 @@ class Ours:
             scaling_factor=SCALING,
             dtype=dtype,
         )
-        labels = {"unet": dict.fromkeys(weights["unet"], "all")}
+        labels = {part: dict.fromkeys(names, "all") for part, names in trainable.items()}
         optimizer = optimizers.grouped(labels, {"all": optimizers.adamw(RATE)}, 1.0)
         self.mesh = meshes.make(devices=jax.devices()[:1])
         self.programs = Programs(
-            objective, optimizer, self.mesh, loss_weights=[1.0], accumulation=1
+            objective,
+            optimizer,
+            self.mesh,
+            loss_weights=[1.0],
+            accumulation=1,
+            averages=every is not None,
         )
-        self.frozen = jax.device_put(
-            {"text_encoder": params.cast(weights["text_encoder"], dtype), "unet": {}}
-        )
-        self.key = jax.random.key(0)
-        self.state = self.programs.init({"unet": weights["unet"]})
+        encoder, rest = params.cast(weights["text_encoder"], dtype), weights["unet"] if rank else {}
+        self.frozen = jax.device_put({"text_encoder": encoder, "unet": params.cast(rest, dtype)})
+        self.key, self.every, self.count = jax.random.key(0), every, 0
+        self.state = self.programs.init(trainable)
         started = time.perf_counter()
         self.programs.compile(self.state, self.frozen, self.key, [[batch.arrays]])
         self.compile_s = time.perf_counter() - started
@@ -79,8 +110,23 @@ class Ours:
         """One update; returns its loss when all of it is done."""
         placed = jax.device_put(batch.arrays, meshes.batch_sharding(self.mesh))
         self.state, metrics = self.programs.step(self.state, self.frozen, self.key, [[placed]])
+        self.count += 1
+        if self.every and self.count % self.every == 0:
+            self.state = self.programs.average(self.state, 0.1)
         jax.block_until_ready(self.state)
         return float(metrics.losses[0][0])
+
+
+def loras(weights: dict, rank: int) -> adapters.Adapters:
+    """LoRAs of the linear layers and convolutions of the transformers, as kohya's trainer has."""
+    patterns = PRESETS["attn-mlp"]["unet"]
+    group = adapters.LoraGroup(Group("lora", "unet", patterns, RATE), rank, rank, 0.0)
+    layers = {
+        name.removesuffix(".weight"): value.shape
+        for name, value in weights.items()
+        if name.endswith(".weight") and value.ndim in (2, 4)
+    }
+    return adapters.choose(group, [*weights], layers)
 
 
 class Theirs:
@@ -143,6 +189,9 @@ def make_batches(args: argparse.Namespace, vocab_size: int) -> list[Batch]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times jaxft's train step beside diffusers'.")
+    parser.add_argument("--mode", choices=("full", "lora", "average"), default="full")
+    parser.add_argument("--rank", type=int, default=8, help="of LoRAs")
+    parser.add_argument("--every", type=int, default=10, help="steps to one of the average")
     parser.add_argument("--model", choices=MODELS, default="narrow")
     parser.add_argument("--latents", type=int, default=32, help="side of the latents")
     parser.add_argument("--batch", type=int, default=2)
@@ -171,36 +220,49 @@ def main() -> None:
     batches = make_batches(args, text["vocab_size"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lower = args.dtype == "bf16"
-    theirs = Theirs(unet, text, weights, torch.bfloat16 if lower else torch.float32, device)
-    ours = Ours(unet, text, weights, batches[0], jnp.bfloat16 if lower else jnp.float32)
+    dtype = jnp.bfloat16 if lower else jnp.float32
+    ours = Ours(unet, text, weights, batches[0], dtype)
+    systems: dict[str, Any] = {"full": ours}
+    if args.mode == "lora":
+        systems = {"lora": Ours(unet, text, weights, batches[0], dtype, rank=args.rank), **systems}
+    elif args.mode == "average":
+        averaged = Ours(unet, text, weights, batches[0], dtype, every=args.every)
+        systems = {"average": averaged, **systems}
+    else:
+        theirs = Theirs(unet, text, weights, torch.bfloat16 if lower else torch.float32, device)
+        systems = {"jaxft": ours, "diffusers": theirs}
 
-    times: dict[str, list[float]] = {"jaxft": [], "diffusers": []}
-    losses: dict[str, list[float]] = {"jaxft": [], "diffusers": []}
+    times: dict[str, list[float]] = {name: [] for name in systems}
+    losses: dict[str, list[float]] = {name: [] for name in systems}
     for batch in batches:
-        for name, system in (("jaxft", ours), ("diffusers", theirs)):
+        for name, system in systems.items():
             started = time.perf_counter()
             losses[name].append(system.step(batch))
             times[name].append(time.perf_counter() - started)
-    report(args, times, losses, ours)
+    report(args, times, losses, systems)
 
 
-def report(args: argparse.Namespace, times: dict, losses: dict, ours: Ours) -> None:
-    """The table and the JSON line."""
+def report(args: argparse.Namespace, times: dict, losses: dict, systems: dict[str, Any]) -> None:
+    """The table and the JSON line; ratios are of the first system over the second."""
+    (first, ours), (second, _) = systems.items()
     timed = {name: np.array(values[args.warmup :]) for name, values in times.items()}
     median = {name: float(np.median(values)) for name, values in timed.items()}
-    apart = np.abs(np.array(losses["jaxft"]) / np.array(losses["diffusers"]) - 1).max()
+    mean = {name: float(np.mean(values)) for name, values in timed.items()}
+    apart = np.abs(np.array(losses[first]) / np.array(losses[second]) - 1).max()
+    same = {} if args.mode == "lora" else {"largest_loss_difference": float(f"{apart:.2g}")}
     print(f"{'':12}{'ms/step':>10}{'best':>10}{'images/s':>10}")
     for name, seconds in median.items():
         best = 1e3 * timed[name].min()
         print(f"{name:12}{1e3 * seconds:10.1f}{best:10.1f}{args.batch / seconds:10.2f}")
     result = {
         **vars(args),
-        "ratio": round(median["jaxft"] / median["diffusers"], 3),
-        "ratio_of_best": round(timed["jaxft"].min() / timed["diffusers"].min(), 3),
-        "images_per_s": round(args.batch / median["jaxft"], 3),
+        "ratio": round(median[first] / median[second], 3),
+        "ratio_of_best": round(timed[first].min() / timed[second].min(), 3),
+        "ratio_of_means": round(mean[first] / mean[second], 3),
+        "images_per_s": round(args.batch / median[first], 3),
         "compile_s": round(ours.compile_s, 1),
         "memory_mib": round(ours.programs.memory(ours.state, ours.frozen) / 2**20),
-        "largest_loss_difference": float(f"{apart:.2g}"),
+        **same,
         "device": jax.devices()[0].device_kind,
         "machine": platform.machine(),
         "versions": {

@@ -35,6 +35,15 @@ RECIPE = {
 }
 
 
+MEASURED = """
+import sys
+from jaxft import plan
+plan.main(sys.argv[1:])
+print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+"""
+"""Plans, and says the most memory that it had; what the kernel says of a child is the parent's."""
+
+
 class Cost(NamedTuple):
     """What a process took."""
 
@@ -81,7 +90,7 @@ def plan(recipe: Path, photos: Path) -> Cost:
     """What `jaxft plan` takes for a set."""
     source = "data.dataset1.source.data_source1"
     command = [
-        *(sys.executable, "-m", "jaxft.plan", "--config", str(recipe)),
+        *(sys.executable, "-c", MEASURED, "--config", str(recipe)),
         *(f"{source}.img_root={photos}", f"{source}.caption_file={photos}"),
         *(f"{source}.recursive=true", f"index_cache={recipe.parent / 'index'}"),
     ]
@@ -94,7 +103,7 @@ def plan(recipe: Path, photos: Path) -> Cost:
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0, told
     seconds = time.perf_counter() - started
-    return Cost(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20)
+    return Cost(seconds, usage.ru_utime + usage.ru_stime, int(told.split()[-1]) / 2**20)
 
 
 def main() -> None:

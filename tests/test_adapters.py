@@ -196,7 +196,8 @@ def tiny(rng, family=SD1) -> Model:
 def groups(clip_skip: int = 0, **chosen: Any) -> dict[str, Any]:
     """The groups of a configuration: section -> patterns, or (patterns, options)."""
     options = {"lr": 1e-3, "rank": RANK, "alpha": ALPHA, "dropout": 0.0}
-    options |= {"rank_dropout": 0.0, "type": "lora", "factor": -1}
+    options |= {"rank_dropout": 0.0, "type": "lora", "factor": -1, "optimizer": {}}
+    options |= {"svd_init": False, "replaces": False}
     tree: dict[str, Any] = {name: {} for name in ("unet", "text_encoder", "lora_unet")}
     tree["lora_text_encoder"] = {}
     for section, items in chosen.items():
@@ -253,8 +254,48 @@ def test_a_lora_step_computes_a_third_less_than_full_training():
     assert flops["lora_unet"] < 0.75 * flops["unet"]
 
 
+def test_no_step_of_a_lora_forms_the_gradient_of_a_weight(rng):
+    """No product in its program has the shape of a layer's weight, as those of full training do."""
+    model, shapes = tiny(rng), {}
+    for name in ("unet", "lora_unet"):
+        function, args = _gradient(model, selection.select(groups(**{name: [[""]]}), model))
+        shapes[name] = products(jax.make_jaxpr(function)(*args).jaxpr)
+    hosts = {
+        tuple(sorted(weight.shape[:2]))
+        if weight.size == np.prod(weight.shape[:2])
+        # On a CPU a kernel of several pixels may be one product for each.
+        else tuple(sorted(weight.shape))
+        for weight in model.parts["unet"].params.values()
+        if weight.ndim > 1
+    }
+    assert hosts <= shapes["unet"] | {shape for shape in hosts if shape[:2] in shapes["unet"]}
+    assert not hosts & shapes["lora_unet"]
+
+
+def products(jaxpr: Any) -> set[tuple[int, ...]]:
+    """Shapes that come out of a program's products and convolutions, their axes sorted."""
+    found = set()
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            found.add(tuple(sorted(size for size in equation.outvars[0].aval.shape)))
+        for inner in jax.tree.leaves(
+            [*equation.params.values()], is_leaf=lambda node: hasattr(node, "eqns")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                found |= products(inner)
+    return found
+
+
 def _flops(model: Model, chosen: selection.Selection) -> float:
     """Of the loss's gradient, as counted by XLA before it compiles."""
+    function, args = _gradient(model, chosen)
+    cost: Any = jax.jit(function).lower(*args).cost_analysis()
+    return cost["flops"]
+
+
+def _gradient(model: Model, chosen: selection.Selection) -> tuple[Any, tuple]:
+    """The gradient of a loss, and shapes of what it takes."""
     parts = {name: part for name, part in model.parts.items() if name != "vae"}
 
     def build(name: str) -> Any:
@@ -273,15 +314,13 @@ def _flops(model: Model, chosen: selection.Selection) -> float:
     batch = {
         "input_ids": jax.ShapeDtypeStruct((2, 1, 77), jnp.int32),
         "weight": jax.ShapeDtypeStruct((2,), jnp.float32),
-        "moments": jax.ShapeDtypeStruct((2, 16, 16, 8), jnp.float32),
+        "moments": jax.ShapeDtypeStruct((2, 20, 28, 8), jnp.float32),
     }
 
     def loss(trained: Any, frozen: Any, batch: Any) -> Any:
         return step.loss(objective, trained, frozen, batch, jax.random.key(0))
 
-    lowered = jax.jit(jax.grad(loss)).lower(trainable, frozen, batch)
-    cost: Any = lowered.cost_analysis()
-    return cost["flops"]
+    return jax.grad(loss), (trainable, frozen, batch)
 
 
 # -------------------------------------------------------------------------------------- choosing

@@ -18,7 +18,7 @@ LAYERS = (
     {"diffusion", "foreign", "formats", "tuning"},
     {"compat", "config", "merging", "selection", "step"},
     {"averaging", "loss_options", "warm_start", "words"},
-    {"datasets"},
+    {"datasets", "optimization"},
     {"compiled", "explain", "inspection", "pickled", "plan", "start", "verify"},
     {"assembly", "caches", "records"},
     {"convert", "sample", "train"},

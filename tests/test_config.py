@@ -98,10 +98,11 @@ def test_items_of_lists_have_names_on_the_command_line(write):
     base = "unet: [{lr: 1e-6, layers: [a]}, {lr: 2e-6, layers: [b]}]"
     own = write("own.yaml", "_base_: base.yaml")
     write("base.yaml", base)
-    assert load(own, MODEL, "unet.1.lr=1e-5").unet["1"].to_dict() == {"lr": 1e-5, "layers": ("b",)}
+    changed = load(own, MODEL, "unet.1.lr=1e-5").unet["1"]
+    assert changed.to_dict() == {"lr": 1e-5, "layers": ("b",), "optimizer": {}}
     assert load(own, MODEL, "unet.late.layers=[c]").unet.late.layers == ("c",)
     whole = load(own, MODEL, "unet=[{lr: 3e-6, layers: ['']}]").unet
-    assert whole.to_dict() == {"0": {"lr": 3e-6, "layers": ("",)}}
+    assert whole.to_dict() == {"0": {"lr": 3e-6, "layers": ("",), "optimizer": {}}}
     replaced = write("list.yaml", "_base_: base.yaml\nunet: [{layers: [c]}]")
     assert list(load(replaced, MODEL).unet) == ["0"]
     place = write("place.yaml", "_base_: base.yaml\nunet: {1: {lr: 1}}")

@@ -163,7 +163,7 @@ def load(path: str, *overrides: str, schema: str = "train") -> config.Config:
 
 def test_the_guides_files_load(write):
     fine_tuning = load(write("cfgs/train/ft1.yaml", GUIDE_FINE_TUNING), "train.train_epochs=10")
-    assert fine_tuning.unet.to_dict() == {"0": {"lr": 1e-6, "layers": ("",)}}
+    assert fine_tuning.unet.to_dict() == {"0": {"lr": 1e-6, "layers": ("",), "optimizer": {}}}
     assert fine_tuning.train.train_epochs == 10
     source = fine_tuning.data.dataset1.source.data_source1
     assert source.prompt_template.endswith("caption.txt")

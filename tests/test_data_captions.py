@@ -1,3 +1,5 @@
+import csv
+import io
 import json
 import sys
 
@@ -38,7 +40,16 @@ def json_lines(table):
     return "\n".join(json.dumps(row) for row in rows)
 
 
+def comma_separated(table):
+    stream = io.StringIO()
+    rows = csv.writer(stream)
+    rows.writerow(["file_name", "width", "text"])
+    rows.writerows((name, 5, text) for name, text in table.items())
+    return stream.getvalue()
+
+
 TABLES = {
+    "metadata.csv": comma_separated,
     "captions.json": json.dumps,
     "captions.yaml": lambda table: yaml.safe_dump(table, allow_unicode=True),
     "metadata.jsonl": json_lines,
@@ -255,3 +266,45 @@ def test_any_bytes_give_text_or_a_named_reason(tmp_path_factory, data):
     except UserError as error:
         reason = str(error)
     assert not reason or reason.startswith("any.txt: ")
+
+
+def test_an_imagefolder_has_a_table_in_each_of_its_folders(tmp_path):
+    """Names are counted from the table's own folder, which they may not leave."""
+    names = ["test/1.png", "train/cats/1.png", "train/dogs/1.png", "train/dogs/2.png"]
+    (tmp_path / "train/cats").mkdir(parents=True)
+    (tmp_path / "train/dogs").mkdir()
+    (tmp_path / "test").mkdir()
+    (tmp_path / "train/metadata.jsonl").write_text(json_lines({"cats/1.png": "a", "dogs/1": "b"}))
+    (tmp_path / "train/dogs/metadata.csv").write_text(comma_separated({"2.png": 'c, "d"\ne'}))
+    (tmp_path / "test/metadata.csv").write_text(comma_separated({"1.png": "f"}))
+    read = captions.load(tmp_path, names, root=tmp_path, several="random")
+    assert read == ([("f",), ("a",), ("b",), ('c, "d"', "e")], [], [])
+    (tmp_path / "test/metadata.csv").write_text(comma_separated({"../train/dogs/1.png": "x"}))
+    (tmp_path / "train/dogs/metadata.csv").write_text(comma_separated({"1.png": "y"}))
+    problems = "\n".join(captions.load(tmp_path, names, root=tmp_path).problems)
+    assert "test/metadata.csv: '../train/dogs/1.png' leads out of the folder" in problems
+    assert "train/dogs/1.png has a caption with and one without the suffix" in problems
+    (tmp_path / "test/1.txt").write_text("beside")
+    with pytest.raises(UserError, match=r"holds 1 .txt or .caption files and test/metadata.csv"):
+        captions.load(tmp_path, names)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "has the columns none"),
+        ("name,text\n1.png,x\n", "has the columns name, text; it must have file_name"),
+        ("file_name,text\n1.png\n", "line 2 has no file_name, or another number of columns"),
+        ("file_name,text\n1.png,x,y\n", "line 2 has no file_name, or another number of columns"),
+        ("file_name,text\n,x\n", "line 2 has no file_name"),
+        ('file_name,text\n1.png,"x\n', "line 2 is not CSV"),
+        ("file_name,text\n1.png,x\n1.png,y\n", "'1.png' and '1.png' are the same image"),
+    ],
+)
+def test_csv_that_cannot_be_used_is_named(tmp_path, text, told):
+    (tmp_path / "m.csv").write_text(text)
+    try:
+        problems = captions.load(tmp_path / "m.csv", ["1.png"]).problems
+    except UserError as error:
+        problems = [str(error)]
+    assert told in "\n".join(problems)

@@ -1,9 +1,11 @@
-"""Tables of captions, JSON, YAML or JSON Lines: rows of an image's name and its captions.
+"""Tables of captions, JSON, YAML, JSON Lines or CSV: rows of an image's name and its captions.
 
 A caption is a text, a list of texts, or an object with `caption` or `text`, `tags`, or both, as
 kohya's metadata files have it: the tags come behind the caption.
 """
 
+import csv
+import io
 import json
 import re
 from collections import Counter
@@ -33,6 +35,8 @@ class Row(NamedTuple):
     name: str
     """Of the image, as the table writes it."""
     lines: Lines
+    table: str = ""
+    """The table's own name."""
 
 
 def lines_of(text: str) -> Lines:
@@ -103,6 +107,33 @@ def from_json_lines(text: str, path: Path, problems: list[str]) -> list[Row]:
     return rows
 
 
+def from_csv(text: str, path: Path, problems: list[str]) -> list[Row]:
+    """Rows of a table with the columns `file_name` and `text` or `caption`, as Hugging Face's
+    imagefolder has them; each row that lacks one is a problem.
+
+    Raises:
+        UserError: the first line names no such columns.
+    """
+    table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows = []
+    try:
+        columns = table.fieldnames or []
+        if "file_name" not in columns or not {"text", "caption"} & set(columns):
+            raise UserError(
+                f"caption_file: {path} has the columns {', '.join(columns) or 'none'}; it must "
+                "have file_name, and text or caption"
+            )
+        for entry in table:
+            where, name = f"{path.name}: line {table.line_num}", entry.pop("file_name")
+            if not name or None in entry or None in entry.values():
+                problems.append(f"{where} has no file_name, or another number of columns")
+            else:
+                rows += _rows({name: entry}, where, problems)
+    except csv.Error as error:
+        problems.append(f"{path.name}: line {table.reader.line_num} is not CSV: {error}")
+    return rows
+
+
 def from_member(text: str, name: str) -> Lines:
     """The captions in a member of a tar that is JSON: an object with `caption` or `text`.
 
@@ -122,6 +153,7 @@ READERS: dict[str, tuple[tuple[str, ...], Reader]] = {
     "json": ((".json",), from_json),
     "yaml": ((".yaml", ".yml"), from_yaml),
     "jsonl": ((".jsonl",), from_json_lines),
+    "csv": ((".csv",), from_csv),
 }
 """Form -> suffixes of its files, and what reads it."""
 

@@ -23,6 +23,9 @@ RECIPE = 1
 
 _SUFFIXES = tuple(FILES)
 
+METADATA = ("metadata.jsonl", "metadata.csv")
+"""Tables of a Hugging Face imagefolder, of the images in their folder and below."""
+
 MAX_CHARACTERS = 20_000
 """Of one caption: more is another kind of file, and costs seconds in every batch."""
 
@@ -65,8 +68,9 @@ def load(
     """The captions of the image files `names`, paths below the folder `root`.
 
     `caption_file` is None (no captions), a folder with a `.txt` or `.caption` for each image or one
-    table for all of them, or that table: `.json`, `.yaml` or `.jsonl` (see `caption_tables`), with
-    names with or without suffix. A name that leads out of the folder is a problem.
+    table for all of them, or that table: `.json`, `.yaml`, `.jsonl` or `.csv`, with names with or
+    without suffix (see `caption_tables`). In the folders below there may be `METADATA` too, with
+    names from there. A name that leads out of its folder is a problem.
 
     `several` says what becomes of an image with several lines: the `first` is its caption, a
     `random` one each time, or all of them, `join`ed by spaces. Without it they are a problem. So is
@@ -85,39 +89,56 @@ def load(
     if members is not None:
         found, spare = _from_texts(place.path, names, problems, kept, members)
         return _settled(found, names, several, missing, problems, spare)
-    path, form, texts = _found(place, names)
-    if form == "text":
+    path, tables, texts = _found(place, names)
+    if not tables:
         found, spare = _from_texts(path, names, problems, kept, dict.fromkeys(texts))
     else:
-        rows = READERS[form][1](decode(path, _MAX_BYTES["table"]), path, problems)
-        found, spare = _from_rows(rows, names, root, path.name, problems)
+        rows = []
+        for table in tables:
+            read = READERS[place.form or str(_form(table))][1]
+            text = decode(path / table, _MAX_BYTES["table"])
+            rows += [row._replace(table=table) for row in read(text, path / table, problems)]
+        found, spare = _from_rows(rows, names, root, problems)
     return _settled(found, names, several, missing, problems, spare)
 
 
-def _found(place: Place, names: Sequence[str]) -> tuple[Path, str, list[str]]:
-    """The table, or the folder of text files and their names; and the form."""
+def _found(place: Place, names: Sequence[str]) -> tuple[Path, list[str], list[str]]:
+    """A folder, and the tables in it; without any, the text files in it, paths below it."""
     path, form = place
     if not path.is_dir():
         if not path.is_file():
             raise UserError(f"caption_file: {path} does not exist")
-        by_suffix = _form(path.name)
-        if form == "text" or (form or by_suffix) in (None, "text"):
+        if form == "text" or (form or _form(path.name)) in (None, "text"):
             raise UserError(
-                f"caption_file: {path} is neither a folder nor a .json, .yaml or .jsonl file"
+                f"caption_file: {path} is neither a folder nor a .json, .yaml, .jsonl or .csv file"
             )
-        return path, form or str(by_suffix), []
+        return path.parent, [path.name], []
     wanted = (form,) if form else READERS
     tables = [name for name in _caption_files(path) if _form(name) in wanted]
+    below = [name for name in _metadata(path, names) if _form(name) in wanted]
     texts = _text_files(path, names)
-    if form == "text" or (form is None and not tables):
-        return path, "text", texts
-    if len(tables) != 1 or (texts and form is None):
+    if form == "text" or (form is None and not tables + below):
+        return path, [], texts
+    if len(tables) > 1 or not tables + below or (texts and form is None):
         raise UserError(
             f"caption_file: the folder {path} holds {len(texts)} .txt or .caption files and "
-            f"{some(tables) or 'no table'}; name the one file to read, or keep text files in a "
-            "folder without .json, .yaml and .jsonl"
+            f"{some(tables + below) or 'no table'}; name the one file to read, or keep text files "
+            "in a folder without .json, .yaml, .jsonl and .csv"
         )
-    return path / tables[0], str(_form(tables[0])), []
+    return path, tables + below, []
+
+
+def _metadata(folder: Path, names: Sequence[str]) -> list[str]:
+    """The tables of a Hugging Face imagefolder in the folders of the images and those between."""
+    parents = {parent for name in {n.rpartition("/")[0] for n in names} for parent in _up(name)}
+    places = (f"{at}/{name}" for at in sorted(parents) for name in METADATA)
+    return [file for file in places if (folder / file).is_file()]
+
+
+def _up(folder: str) -> list[str]:
+    """A folder and those that it lies in; '', in which all are, is not one of them."""
+    parts = folder.split("/") if folder else []
+    return ["/".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
 def _form(name: str) -> str | None:
@@ -214,14 +235,15 @@ def _text(folder: Path, file: str, span: Span | None) -> Lines:
 
 
 def _from_rows(
-    rows: Sequence[Row], names: Sequence[str], root: Path | None, file: str, problems: list[str]
+    rows: Sequence[Row], names: Sequence[str], root: Path | None, problems: list[str]
 ) -> tuple[list[Lines | None], list[str]]:
-    """A table's captions; and the names in it that are no image's."""
+    """The captions of tables, each with names below its folder; and names that are no image's."""
     captions: dict[str, Lines] = {}
     spelling: dict[str, str] = {}
     for row in rows:
+        file, (at, slash, _) = row.table, row.table.rpartition("/")
         try:
-            name = _folded(_inside(row.name, root))
+            name = _folded(at + slash + _inside(row.name, root and root / at))
         except UserError as error:
             problems.append(f"{file}: {row.name!r} {error}")
             continue
@@ -235,7 +257,7 @@ def _from_rows(
     for name in names:
         hits = [key for key in (_folded(name), _stem(name)) if key in captions]
         if len({captions[key] for key in hits}) > 1:
-            problems.append(f"{name}: {file} has a caption with and one without the suffix")
+            problems.append(f"{name} has a caption with and one without the suffix")
         texts.append(captions[hits[0]] if hits else None)
         used.update(hits)
     return texts, [spelling[key] for key in captions if key not in used]

@@ -9,19 +9,23 @@ factors are a part of what is trained, `lora_<network>`, under the names that
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxft import lycoris, patterns
 from jaxft.errors import UserError
-from jaxft.low_rank import LowRank
+from jaxft.low_rank import LowRank, extract
 from jaxft.lycoris import Change
 from jaxft.models import adapters as forms
 from jaxft.tuning.groups import Group
 
 WITHOUT_DROPOUT = ("lokr", "oft")
 """Kinds that have no values of their own between two factors."""
+
+WITH_UP = ("lora", "locon", "dora")
+"""Kinds with a factor `up`, whose rate may be another."""
 
 UNIFORM = ("down", "mid", "lokr_w1", "lokr_w2_a")
 """Factors that begin uniform in ±1/√(inputs of a row), as `torch.nn.Linear` (He et al. 2015 with
@@ -44,6 +48,10 @@ class LoraGroup(NamedTuple):
     rank_dropout: float = 0.0
     factor: int = -1
     """What `lokr` divides widths by; -1: near their roots."""
+    svd: bool = False
+    """Whether it begins as the largest part of the layer's weight, of which it takes the place."""
+    replaces: bool = False
+    """Whether it takes its layers over from groups before it; if not, LoRAs add up."""
 
 
 class Adapter(NamedTuple):
@@ -58,6 +66,7 @@ class Adapter(NamedTuple):
     kind: str = "lora"
     rank_dropout: float = 0.0
     factor: int = -1
+    svd: bool = False
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -102,6 +111,14 @@ def check(lora: LoraGroup) -> None:
             f"{name}.rank: {rank:g} is neither a whole number from 1 nor a share of the layer's "
             "width below 1"
         )
+    if lora.svd and lora.kind != "lora":
+        raise UserError(f"{name}.svd_init: is of `type: lora`, not of {lora.kind}; leave it out")
+    ratio = lora.group.up_ratio
+    if ratio <= 0 or (ratio != 1 and lora.kind not in WITH_UP):
+        raise UserError(
+            f"{name}.loraplus_lr_ratio: {ratio:g} must be more than 0, and is of the types "
+            f"{', '.join(WITH_UP)}, which have a factor up; leave it out"
+        )
     if lora.alpha <= 0:
         raise UserError(f"{name}.alpha: {lora.alpha:g} must be more than 0: nothing would be added")
     for key in ("dropout", "rank_dropout"):
@@ -124,6 +141,8 @@ def describe(own: Sequence[Adapter]) -> str:
         elif scaled := [one for one in these if one.is_scaled]:
             ranks, scales = ([getattr(one, what) for one in scaled] for what in ("rank", "scale"))
             texts.append(f"rank {_span(ranks)}, scale {_span(scales)} (alpha / rank)")
+            if any(one.svd for one in these):
+                texts.append("begun by SVD")
         if kind == "lokr" and (whole := sum(not one.is_scaled for one in these)):
             texts.append(f"both factors whole in {whole}, where rank and alpha have no influence")
     return ", ".join(texts)
@@ -162,9 +181,16 @@ def choose(lora: LoraGroup, names: Sequence[str], shapes: Mapping[str, Any]) -> 
             f"{lora.group.name}.type: locon differs from lora in convolutions over several pixels, "
             f"and {where} has none; use lora"
         )
-    return {
+    made = {
         module: [_adapter(lora, tuple(shapes[module]))] for module in shapes if module in chosen
     }
+    for module, (own,) in made.items():
+        if own.svd and own.rank > (most := min(own.shape[0], math.prod(own.shape[1:]))):
+            raise UserError(
+                f"{lora.group.name}.svd_init: {module} has no more than {most} singular values, "
+                f"and the rank is {own.rank}; lower it, or leave the layer out"
+            )
+    return made
 
 
 def _adapter(lora: LoraGroup, shape: tuple[int, ...]) -> Adapter:
@@ -181,6 +207,7 @@ def _adapter(lora: LoraGroup, shape: tuple[int, ...]) -> Adapter:
         kind,
         lora.rank_dropout,
         lora.factor,
+        lora.svd,
     )
 
 
@@ -191,10 +218,12 @@ def join(before: Sequence[Adapter], added: Sequence[Adapter], module: str) -> li
         UserError: one is of a kind of which a layer has no more than one.
     """
     every = [*before, *added]
-    if len(every) > 1 and (other := [one.kind for one in every if one.kind != "lora"]):
+    other = ["svd_init" if one.svd else one.kind for one in every if one.kind != "lora" or one.svd]
+    if len(every) > 1 and other:
         raise UserError(
             f"{added[0].group}: {module} has an adapter of {before[0].group} already, and only "
-            f"those of `type: lora` add up, {other[0]} does not; choose other layers"
+            f"those of `type: lora` add up, {other[0]} does not; choose other layers, or give "
+            f"{added[0].group} `replaces: true`"
         )
     return every
 
@@ -231,15 +260,53 @@ def attach(network: Any, adapters: Adapters) -> Any:
     return network
 
 
+def begin(adapters: Adapters, weights: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Factors that begin as the largest part of a layer's weight, float32: its first singular
+    vectors, the values shared out evenly; Meng et al. 2024 (https://arxiv.org/abs/2404.02948)."""
+    made = {}
+    for name, adapter in _named(adapters):
+        if adapter.svd:
+            host = np.asarray(weights[f"{name.rpartition('.lora.')[0]}.weight"], np.float32)
+            low = extract(host, np.float32(0), adapter.rank)
+            share = np.float32(math.sqrt(adapter.scale))
+            made |= {f"{name}.down": low.down / share, f"{name}.up": low.up / share}
+    return made
+
+
+def hosts(
+    adapters: Adapters, begun: Mapping[str, np.ndarray], weights: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A network's weights less what its LoRAs begin as, which takes their place."""
+    changed = dict(weights)
+    for module, own in adapters.items():
+        if own[0].svd:
+            name, weight = f"{module}.weight", np.asarray(weights[f"{module}.weight"])
+            part = _begun(module, own[0], begun).delta().reshape(weight.shape)
+            changed[name] = weight.astype(np.float32) - part
+    return changed
+
+
+def _begun(module: str, adapter: Adapter, begun: Mapping[str, np.ndarray]) -> LowRank:
+    down, up = (begun[f"{module}.lora.0.{which}"] for which in ("down", "up"))
+    return LowRank(down, up, adapter.alpha)
+
+
 def init(
-    adapters: Adapters, seed: int, weights: Mapping[str, Any] | None = None
+    adapters: Adapters,
+    seed: int,
+    weights: Mapping[str, Any] | None = None,
+    begun: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> dict[str, np.ndarray]:
-    """Factors before step 1, float32: those that change nothing. Each is drawn from the seed and
-    its name; what `dora` begins with are norms of the network's weights."""
+    """Factors before step 1, float32: those that change nothing, beside `hosts`. Each is drawn from
+    the seed and its name; what `dora` begins with are norms of the network's weights; `begun` has
+    those of an SVD."""
     made = {}
     for name, adapter in _named(adapters):
         for factor, shape in adapter.shapes.items():
             full = f"{name}.{factor}"
+            if full in begun:
+                made[full] = begun[full]
+                continue
             random = np.random.default_rng([seed, zlib.crc32(_stream(name, factor).encode())])
             if factor == "dora_scale":
                 assert weights is not None
@@ -261,10 +328,15 @@ def _stream(name: str, factor: str) -> str:
     return name if factor == "down" else f"{name}.{factor}"
 
 
-def result(adapters: Adapters, factors: Mapping[str, Any]) -> dict[str, LowRank | Change]:
+def result(
+    adapters: Adapters,
+    factors: Mapping[str, Any],
+    begun: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> dict[str, LowRank | Change]:
     """What was trained as a network's LoRA: module -> factors.
 
-    Several LoRAs of one layer become one whose rank is the sum of theirs.
+    Several LoRAs of one layer become one whose rank is the sum of theirs; so does one that began as
+    a part of the weight, less that part: it belongs to the weights as they were.
     """
     lora: dict[str, LowRank | Change] = {}
     for module, own in adapters.items():
@@ -272,12 +344,15 @@ def result(adapters: Adapters, factors: Mapping[str, Any]) -> dict[str, LowRank 
             named = {name: np.asarray(factors[f"{module}.lora.0.{name}"]) for name in own[0].shapes}
             lora[module] = Change(own[0].kind, named, own[0].alpha)
             continue
-        rank = sum(adapter.rank for adapter in own)
+        rank = sum(adapter.rank * (1 + adapter.svd) for adapter in own)
         downs, ups = (
             [np.asarray(factors[f"{module}.lora.{n}.{which}"]) for n in range(len(own))]
             for which in ("down", "up")
         )
         ups = [up * np.float32(a.scale / own[0].scale) for a, up in zip(own, ups, strict=True)]
+        if own[0].svd:
+            before = _begun(module, own[0], begun)
+            downs, ups = [*downs, before.down], [*ups, -before.up]
         lora[module] = LowRank(
             np.concatenate(downs), np.concatenate(ups, axis=1), own[0].scale * rank
         )

@@ -1,7 +1,8 @@
 """Groups of layers with a rate each: from patterns to one label for every trained weight."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from jaxft import patterns
 from jaxft.errors import UserError
@@ -16,6 +17,36 @@ class Group(NamedTuple):
     layers: Sequence[str]
     """Patterns; see `jaxft.patterns.match`."""
     lr: float
+    optimizer: Mapping[str, Any] = MappingProxyType({})
+    """Its own options of the optimizer; with `_target_`, of an optimizer of its own."""
+    up_ratio: float = 1.0
+    """Rate of a LoRA's `up` over the group's; Hayou et al. 2024 (https://arxiv.org/abs/2402.12354)."""
+
+
+PRESETS: dict[str, dict[str, list[str]]] = {
+    "attn": {"unet": [r"re:.*\.attn\d+$"], "text_encoder": [r"re:.*\bself_attn$"]},
+    "attn-mlp": {
+        "unet": [r"re:.*\battentions\.\d+$"],
+        "text_encoder": [r"re:.*\bself_attn$", r"re:.*\bmlp$"],
+    },
+    "full": {"unet": [""], "text_encoder": [""]},
+}
+"""Name -> network -> patterns: attention; whole transformers, as in kohya's trainer; everything."""
+
+
+def layers(chosen: str | Sequence[str], network: str, where: str) -> Sequence[str]:
+    """The patterns of a group: its own, or those of a preset.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    if not isinstance(chosen, str):
+        return chosen
+    if chosen not in PRESETS:
+        raise UserError(
+            f"{where}: {chosen!r} is none of {', '.join(PRESETS)}; patterns: [{chosen!r}]"
+        )
+    return PRESETS[chosen][network]
 
 
 Labels = dict[str, dict[str, str]]

@@ -5,18 +5,21 @@ Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/); scaled as in Li
 one serve the other.
 """
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-import optax.contrib
+from jaxtyping import Float
 
 from jaxft.tuning.optimizers import adamw
 from jaxft.tuning.schedules import Rate
 
 RMS = 0.2
 """Root mean square of an update, in units of the rate: what AdamW's have."""
+
+COEFFICIENTS, ITERATIONS = (3.4445, -4.775, 2.0315), 5
 
 
 def muon(
@@ -52,15 +55,36 @@ def _embeds(path: Any) -> bool:
 def orthogonalised(
     learning_rate: float | Rate, momentum: float = 0.95, weight_decay: float = 0.1
 ) -> optax.GradientTransformation:
-    """Muon of stacks of matrices [n, rows, columns]."""
-    axes = optax.contrib.MuonDimensionNumbers(1, 2)
-    return optax.contrib.muon(
-        learning_rate,
-        beta=momentum,
-        weight_decay=weight_decay,
-        muon_weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: axes, tree),
-        consistent_rms=RMS,
+    """Muon of stacks of matrices [n, rows, columns]; `torch.optim.Muon` with `match_rms_adamw`."""
+
+    def size(matrices: jax.Array) -> float:
+        return RMS * math.sqrt(max(matrices.shape[1:]))
+
+    def direction(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        buffer = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state, updates)
+        ahead = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, buffer, updates)
+        return jax.tree.map(lambda m: size(m) * orthogonal(m), ahead), buffer
+
+    return optax.chain(
+        optax.GradientTransformation(
+            lambda params: jax.tree.map(jnp.zeros_like, params), direction
+        ),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def orthogonal(matrices: Float[jax.Array, "n r c"]) -> Float[jax.Array, "n r c"]:
+    """Matrices with singular values near 1 and the same singular vectors: Newton and Schulz's
+    iteration, with the coefficients of Jordan et al."""
+    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.swapaxes(1, 2)
+    length = jnp.linalg.norm(wide, axis=(1, 2), keepdims=True)
+    x = wide / jnp.maximum(length, 1e-7)
+    a, b, c = COEFFICIENTS
+    for _ in range(ITERATIONS):
+        gram = x @ x.swapaxes(1, 2)
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if wide is matrices else x.swapaxes(1, 2)
 
 
 def stacked(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -1,6 +1,6 @@
 """Optimizers by the names that configurations use."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import optax.contrib
 
 from jaxft.errors import UserError
 from jaxft.tuning.groups import Labels
+from jaxft.tuning.rounding import halved
 from jaxft.tuning.schedules import Rate
 
 SMALL = 2**13
@@ -24,9 +25,11 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
+    moments: str = "fp32",
 ) -> optax.GradientTransformation:
     """`torch.optim.AdamW`; Loshchilov and Hutter 2019 (https://arxiv.org/abs/1711.05101)."""
-    return packed(optax.adamw(learning_rate, betas[0], betas[1], eps, weight_decay=weight_decay))
+    made = optax.adamw(learning_rate, betas[0], betas[1], eps, weight_decay=weight_decay)
+    return packed(_remembering(made, moments))
 
 
 def lion(
@@ -34,13 +37,15 @@ def lion(
     *,
     betas: tuple[float, float] = (0.9, 0.99),
     weight_decay: float = 0.0,
+    moments: str = "fp32",
     use_triton: bool = False,
 ) -> optax.GradientTransformation:
     """`lion_pytorch.Lion`; Chen et al. 2023 (https://arxiv.org/abs/2302.06675).
 
     `use_triton` is there for its configurations, and changes nothing.
     """
-    return packed(optax.lion(learning_rate, *betas, weight_decay=weight_decay))
+    made = optax.lion(learning_rate, *betas, weight_decay=weight_decay)
+    return packed(_remembering(made, moments))
 
 
 def sgd(
@@ -49,10 +54,27 @@ def sgd(
     momentum: float = 0.0,
     nesterov: bool = False,
     weight_decay: float = 0.0,
+    moments: str = "fp32",
 ) -> optax.GradientTransformation:
-    """`torch.optim.SGD`; its weight decay is added to the gradient."""
+    """`torch.optim.SGD`; its weight decay is added to the gradient.
+
+    Raises:
+        UserError: `moments` where there is none, as without momentum.
+    """
+    if moments != "fp32" and not momentum:
+        raise UserError("moments: without momentum nothing is remembered; leave it out")
     decay = optax.add_decayed_weights(weight_decay)
-    return packed(optax.chain(decay, optax.sgd(learning_rate, momentum or None, nesterov)))
+    made = optax.chain(decay, optax.sgd(learning_rate, momentum or None, nesterov))
+    return packed(_remembering(made, moments))
+
+
+def _remembering(
+    optimizer: optax.GradientTransformation, moments: str
+) -> optax.GradientTransformation:
+    """The same optimizer, its moments in that precision: `bf16`, stochastically rounded."""
+    if moments not in ("fp32", "bf16"):
+        raise UserError(f"moments: {moments!r} is neither fp32 nor bf16")
+    return halved(optimizer) if moments == "bf16" else optimizer
 
 
 def prodigy(
@@ -81,21 +103,6 @@ def prodigy(
         learning_rate, betas, beta3, eps, d0, d_coef, weight_decay, safeguard_warmup
     )
     return _owning(found)
-
-
-def dadapt_adam(
-    learning_rate: float | Rate,
-    *,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    d0: float = 1e-6,
-) -> optax.GradientTransformation:
-    """AdamW by D-Adaptation; Defazio and Mishchenko 2023 (https://arxiv.org/abs/2301.07733).
-
-    As Prodigy, it finds the size of the rate, each group its own.
-    """
-    return optax.contrib.dadapt_adamw(learning_rate, betas, eps, d0, weight_decay)
 
 
 def _owning(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -139,6 +146,26 @@ def packed(elementwise: optax.GradientTransformation) -> optax.GradientTransform
         return unpack(new, params), state
 
     return optax.GradientTransformation(lambda params: elementwise.init(pack(params)), update)
+
+
+def is_vector(name: str, ndim: int) -> bool:
+    """Whether a weight is a norm's or a bias, as the lengths that a `dora` trains are, too."""
+    return ndim < 2 or name.endswith("dora_scale")
+
+
+def split(
+    variants: Mapping[str, optax.GradientTransformation], choose: Callable[[str, Any], str]
+) -> optax.GradientTransformation:
+    """One of several optimizers for each weight, chosen by its name and array."""
+    if len(variants) == 1:
+        return next(iter(variants.values()))
+
+    def labels(weights: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: choose(path[-1].key, leaf), weights
+        )
+
+    return optax.multi_transform({**variants}, labels)
 
 
 def grouped(
