@@ -73,19 +73,32 @@ _TEXT_TRANSFORMS = {
 }
 
 
-def criterion(error: Callable[..., Any], reduction: str = "none", **options: float) -> Criterion:
-    """An error of PyTorch's; how it is reduced is not its matter here."""
-    return Criterion(error(**options))
+def criterion(
+    error: Callable[..., Criterion], reduction: str = "none", ssim: float = 0.0, **options: Any
+) -> Criterion:
+    """An error of PyTorch's; how it is reduced is not its matter here. `ssim`: how much of 1 - SSIM
+    of the clean latents is added."""
+    if unknown := options.keys() - inspect.signature(error).parameters:
+        raise UserError(f"{min(unknown)}: unknown option")
+    return error(**options)._replace(ssim=_amount(ssim))
 
 
-def weighted_criterion(name: str, gamma: float = 1.0, reduction: str = "none") -> Criterion:
+def _amount(ssim: float) -> float:
+    if ssim < 0:
+        raise UserError(f"ssim: {ssim:g} must be at least 0")
+    return ssim
+
+
+def weighted_criterion(
+    name: str, gamma: float = 1.0, reduction: str = "none", ssim: float = 0.0
+) -> Criterion:
     """HCP-Diffusion's squared error, weighted over the timesteps."""
-    return Criterion(weighting=name, options={"gamma": gamma})
+    return Criterion(weighting=name, options={"gamma": gamma}, ssim=_amount(ssim))
 
 
 _ERRORS = {
-    "torch.nn.MSELoss": lambda: jnp.square,
-    "torch.nn.L1Loss": lambda: jnp.abs,
+    "torch.nn.MSELoss": lambda: Criterion(jnp.square),
+    "torch.nn.L1Loss": lambda: Criterion(jnp.abs),
     "torch.nn.HuberLoss": losses.huber,
     "torch.nn.SmoothL1Loss": losses.smooth_l1,
 }
@@ -95,6 +108,10 @@ _WEIGHTED = {
     "hcpdiff.loss.SoftMinSNRLoss": "soft_min_snr",
     "hcpdiff.loss.KDiffMinSNRLoss": "kdiff_min_snr",
     "hcpdiff.loss.EDMLoss": "edm",
+    "hcpdiff.loss.MinSNRWeight": "x0_min_snr",
+    "hcpdiff.loss.SoftMinSNRWeight": "x0_soft_min_snr",
+    "hcpdiff.loss.KDiffMinSNRWeight": "x0_kdiff",
+    "hcpdiff.loss.EDMWeight": "x0_edm",
 }
 
 TARGETS: dict[str, tuple[str, Callable[..., Any]]] = {

@@ -64,7 +64,10 @@ REFUSED: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
     },
     "plugin_unet": (_NOTHING, "no ControlNet or other plugins"),
     "plugin_TE": (_NOTHING, "no plugins"),
-    "previewer": (_NOTHING, "no images while training; use jaxft.sample"),
+    "previewer._target_": (
+        _one_of("hcpdiff.loggers.preview.ImagePreviewer", "ImagePreviewer"),
+        "the previewer is hcpdiff.loggers.preview.ImagePreviewer",
+    ),
     "train.resume.start_step": (
         _NOTHING,
         "a warm start begins with step 1; --resume RUN takes up a run's whole state, step and all",
@@ -242,13 +245,22 @@ def unwrap(tree: dict[str, Any]) -> None:
     """Takes what is packed in a resolved configuration out of its packing, in place.
 
     Of text transforms: torchvision's `Compose` of several, or one by itself, becomes a list. Of the
-    loss: a list of one, and `WeightedLoss`, which makes the error of x0 that of the noise.
+    loss: a list of one, or of one and SSIM, and `WeightedLoss`, which makes the error of x0 that of
+    the noise.
     """
     for loss in [node for node in _children([tree], "train") if "criterion" in node]:
         node = loss["criterion"]
         node = node[0] if isinstance(node, list) and len(node) == 1 else node
+        if isinstance(node, list) and len(node) == 2:
+            node = _with_ssim(*node)
         if isinstance(node, dict) and str(node.get("_target_")).endswith("WeightedLoss"):
-            node = node.get("loss")
+            extra = {key: node[key] for key in ("ssim",) if key in node}
+            inner = node.get("loss")
+            node = inner | extra if isinstance(inner, dict) else inner
+        elif isinstance(node, dict) and str(node.get("_target_")).endswith("Weight"):
+            node = {
+                key: value for key, value in node.items() if key != "loss" or not _is_mse(value)
+            }
         loss["criterion"] = node
     for source in _children(_children([tree], "data"), "source"):
         node = source.get("text_transforms")
@@ -256,6 +268,18 @@ def unwrap(tree: dict[str, Any]) -> None:
             source["text_transforms"] = node["transforms"]
         elif isinstance(node, dict) and isinstance(node.get("_target_"), str):
             source["text_transforms"] = [node]
+
+
+def _is_mse(node: Any) -> bool:
+    return isinstance(node, dict) and str(node.get("_target_")).endswith("MSELoss")
+
+
+def _with_ssim(first: Any, second: Any) -> Any:
+    """Of two criteria whose sum is taken, the second SSIM: the first, with that much of it."""
+    named = isinstance(first, dict) and isinstance(second, dict)
+    if not named or not str(second.get("_target_")).endswith("SSIMLoss"):
+        return [first, second]
+    return first | {"ssim": second.get("weight", 1.0)}
 
 
 def _children(nodes: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:

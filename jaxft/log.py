@@ -9,10 +9,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import UInt8
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -104,6 +106,43 @@ class RunLog(contextlib.AbstractContextManager):
         previous = total if self._smooth is None else self._smooth
         self._smooth = 0.9 * previous + 0.1 * total if math.isfinite(total) else previous
         self._bar.set_postfix_str(f"loss {self._smooth:.4f}, {rate:.2f} images/s", refresh=False)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Takes what is done meanwhile out of the rate."""
+        began = time.monotonic()
+        yield
+        self._since += time.monotonic() - began
+
+    def judge(
+        self,
+        step: int,
+        losses: Mapping[str, Mapping[str, Sequence[float]]],
+        timesteps: Sequence[int],
+    ) -> None:
+        """Logs the losses of validation: data set -> weights (`trained`, `average`) -> the loss at
+        each timestep; all are also told as one number, their mean."""
+        means = {
+            name: {which: sum(curve) / len(curve) for which, curve in own.items()}
+            for name, own in losses.items()
+        }
+        numbers = {
+            "step": step,
+            "validation": means,
+            "timesteps": list(timesteps),
+            "curves": {name: dict(own) for name, own in losses.items()},
+            "time": _now(),
+        }
+        self._metrics.write(json.dumps(_finite(numbers)) + "\n")
+        for name, own in means.items():
+            for which, value in own.items():
+                self._board.add_scalar(f"validation/{name}/{which}", value, step)
+            told = ", ".join(f"{which} {value:.5f}" for which, value in own.items())
+            self.message(f"step {step}/{self._total} validation {name}: {told}")
+
+    def picture(self, step: int, name: str, pixels: UInt8[np.ndarray, "h w 3"]) -> None:
+        """Shows a picture in TensorBoard."""
+        self._board.add_image(name, pixels, step, dataformats="HWC")
 
     def message(self, text: str) -> None:
         """Prints `text` above the bar and writes it, with the time, into train.log."""

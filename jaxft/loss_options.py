@@ -3,10 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from jaxft import compat
 from jaxft.config import Config
 from jaxft.diffusion import guidance, weighting
-from jaxft.diffusion.losses import Criterion, Loss
+from jaxft.diffusion.losses import Criterion, Loss, Width
 from jaxft.diffusion.noise import Recipe
 from jaxft.diffusion.schedule import NoiseSchedule
 from jaxft.errors import UserError
@@ -39,9 +41,18 @@ def from_config(train: Config, noising: NoiseSchedule) -> Loss:
         chances = _built(
             weighting.TIMESTEPS, options, "timesteps", lambda make, kw: make(count, **kw)
         )
+    target = noising.prediction_type if options.target is None else options.target
+    weights, units = _weights(criterion, options, noising, target), weighting.units(noising, target)
+    if criterion.width is not None:
+        width = _width(criterion.width, noising)
+        weights = width**criterion.width.power * (1 if weights is None else weights)
+        units = width * (1 if units is None else units)
     return Loss(
         criterion.error,
-        _weights(criterion, options, noising),
+        weights,
+        units,
+        criterion.ssim,
+        options.normalise_mask,
         chances,
         options.low_discrepancy,
         _noise(train.noise),
@@ -49,7 +60,19 @@ def from_config(train: Config, noising: NoiseSchedule) -> Loss:
     )
 
 
-def _weights(criterion: Criterion, options: Config, noising: NoiseSchedule) -> Any:
+def _width(width: Width, noising: NoiseSchedule) -> Any:
+    where = "train.loss.criterion"
+    if width.schedule not in weighting.WIDTHS:
+        names = ", ".join(("constant", *weighting.WIDTHS))
+        raise UserError(f"{where}.schedule: {width.schedule!r} is not one of {names}")
+    if not 0 < width.least < 1:
+        raise UserError(
+            f"{where}: {width.least:g} must lie between 0 and 1, to which its schedule falls from 1"
+        )
+    return weighting.WIDTHS[width.schedule](noising, width.least).astype(np.float32)
+
+
+def _weights(criterion: Criterion, options: Config, noising: NoiseSchedule, target: str) -> Any:
     if criterion.weighting is None:
         if options.weighting is None:
             if options.weighting_kwargs:
@@ -60,14 +83,14 @@ def _weights(criterion: Criterion, options: Config, noising: NoiseSchedule) -> A
             weighting.WEIGHTINGS,
             options,
             "weighting",
-            lambda _, kw: weighting.weights(noising, name, **kw),
+            lambda _, kw: weighting.weights(noising, name, target=target, **kw),
         )
     if options.weighting is not None:
         raise UserError(
             f"train.loss.weighting: {options.weighting}, and train.loss.criterion is weighted by "
             f"{criterion.weighting}; keep one"
         )
-    return weighting.weights(noising, criterion.weighting, **criterion.options)
+    return weighting.weights(noising, criterion.weighting, target=target, **criterion.options)
 
 
 def _built(

@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,24 +18,13 @@ from jaxft import config as configuration
 from jaxft import mesh as meshes
 from jaxft.cli import run
 from jaxft.config import Config
-from jaxft.data.prompt_weights import WeightedText, WeightedTokenizer, parse
-from jaxft.diffusion import conditioning, generate, scheduler_config
-from jaxft.diffusion.generate import Networks, Prompts
-from jaxft.diffusion.samplers import Table
+from jaxft.data.prompt_weights import WeightedTokenizer
+from jaxft.diffusion import conditioning, scheduler_config
 from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder, embeddings, single_file
 from jaxft.formats.diffusers_folder import Model
 from jaxft.merging import MERGED, Addition
-from jaxft.models import vae
-from jaxft.shapes import Latents
-
-
-class Request(NamedTuple):
-    """One image to make."""
-
-    prompt: str
-    negative_prompt: str
-    seed: int
+from jaxft.sampling import Request, generate_images, make_table, prepare
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,8 +85,9 @@ def sample(config: Config) -> None:
     print(f"wrote {len(requests)} images to {out_dir}")
 
 
-def make_requests(config: Config) -> list[Request]:
-    """What to make, image by image; draws and prints seeds where none are given.
+def make_requests(config: Config, seed: Any = None) -> list[Request]:
+    """What to make, image by image; seeds are `seed`, else the configuration's, else drawn and
+    printed.
 
     Raises:
         UserError: a list of another length than num × bs, or a seed out of range.
@@ -106,7 +96,7 @@ def make_requests(config: Config) -> list[Request]:
         if config[key] < 1:
             raise UserError(f"{key} must be at least 1, not {config[key]}")
     count = config.num * config.bs
-    seed = config.seed
+    seed = config.seed if seed is None else seed
     if seed is None:
         seed = random.SystemRandom().randrange(2**30)
         print(f"seed={seed}")
@@ -135,19 +125,28 @@ def paint(
     Raises:
         UserError: a prompt, the sampler, the size or a tokenizer is not usable.
     """
-    texts = [(parse(r.prompt), parse(r.negative_prompt)) for r in requests]
-    steps = config.infer_args.num_inference_steps
-    table = make_table(model, steps, config.new_components.scheduler)
-    noise = make_noise(config, model, [request.seed for request in requests])
     tokenizers = make_tokenizers(model)
     if config.emb_dir:
         model = add_words(model, tokenizers, Path(config.emb_dir))
+<<<<<<< HEAD
     _warn_of_cut(tokenizers[0], texts, config.N_repeats)
     mesh = meshes.make(devices=jax.devices()[: len(requests)])
     each = min(config.bs, -(-len(requests) // mesh.size))  # images of a device
     batches = make_batches(texts, noise, config, tokenizers, each * mesh.size)
     images = generate_images(model, table, batches, config, mesh)
     images = itertools.islice(images, len(requests))  # the others fill up the last batch
+=======
+    work = prepare(requests, model, config, tokenizers)
+    held = {name: part.params for name, part in model.parts.items()}
+    if not config.amp:
+        dtype, encoders = params.DTYPES[config.dtype], model.family.text_encoders
+        held |= {name: params.cast(held[name], dtype) for name in ("unet", *encoders)}
+    networks = {
+        name: params.abstract(lambda n=network, c=model.parts[name].config: n(c))[0]
+        for name, network in model.family.networks.items()
+    }
+    images = generate_images(work, model, networks, jax.device_put(held), config)
+>>>>>>> main
     # The first image waits for the compiler: the bar stands at 0 meanwhile.
     return iter(tqdm(images, total=len(requests), unit="image", desc="sampling"))
 
@@ -213,38 +212,6 @@ def replace_components(model: Model, new: Config) -> Model:
     return model
 
 
-def make_table(model: Model, steps: int, replaced: Any) -> Table:
-    """The sampler's table; a user's options are checked more strictly than a file's."""
-    where = "new_components.scheduler" if replaced else str(model.folder / "scheduler")
-    return scheduler_config.table(model.scheduler, steps, where=where, strict=bool(replaced))
-
-
-def make_noise(config: Config, model: Model, seeds: Sequence[int]) -> Latents:
-    """Initial noise of unit variance for every image, [n, h, w, 4].
-
-    Raises:
-        UserError: a size that the VAE cannot make, or a file of latents that does not fit.
-    """
-    scale = vae.downsampling(model.parts["vae"].config)
-    width, height = config.infer_args.width, config.infer_args.height
-    for key, size in (("width", width), ("height", height)):
-        if size < scale or size % scale:
-            raise UserError(f"infer_args.{key} must be a multiple of {scale}, not {size}")
-    channels = model.parts["unet"].config.get("in_channels", 4)
-    diffusers_folder.check_text_to_image(model)
-    if not config.infer_args.latents:
-        return generate.initial_noise(seeds, height // scale, width // scale, channels)
-    path, shape = config.infer_args.latents, (len(seeds), channels, height // scale, width // scale)
-    try:
-        noise = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"infer_args.latents: {path} is no readable .npy file: {error}") from None
-    if not isinstance(noise, np.ndarray) or noise.shape != shape:
-        found = getattr(noise, "shape", "several arrays")
-        raise UserError(f"infer_args.latents: {path} is {found}, needed is {shape}")
-    return jax.numpy.asarray(np.moveaxis(noise, 1, -1), jax.numpy.float32)
-
-
 def make_tokenizers(model: Model) -> list[WeightedTokenizer]:
     """The tokenizers of the model's text encoders.
 
@@ -284,6 +251,7 @@ def add_words(model: Model, tokenizers: Sequence[WeightedTokenizer], folder: Pat
     return model
 
 
+<<<<<<< HEAD
 def _warn_of_cut(
     tokenizer: WeightedTokenizer, texts: Sequence[tuple[WeightedText, WeightedText]], repeats: int
 ) -> None:
@@ -355,6 +323,8 @@ def generate_images(
         yield from zip(np.asarray(pixels), np.asarray(finite).tolist(), strict=True)
 
 
+=======
+>>>>>>> main
 def write(
     folder: Path,
     number: int,

@@ -30,10 +30,12 @@ from jaxft.errors import UserError
 from jaxft.gallery import write_text
 from jaxft.lock import lock
 from jaxft.log import RunLog
+from jaxft.painter import Painter
 from jaxft.plan import Plan
 from jaxft.records import Numbers, Parts, export, lasting, parts_of, words_of
 from jaxft.signals import Stop
 from jaxft.step import TrainState, result
+from jaxft.validation import Validation
 
 UNSAVED = {
     ".lock",
@@ -43,6 +45,8 @@ UNSAVED = {
     "train.log",
     "metrics.jsonl",
     "tblog",
+    "preview",
+    "validation",
     "state",
 }
 """What a run leaves behind that ended before its first checkpoint."""
@@ -237,6 +241,9 @@ def _loop(
     plan, every = run.plan, run.plan.config.train.save_step
     numbers, data = Numbers(plan, log, start), _fingerprint(plan)
     asked, largest = 0, hosts.Largest(plan.mesh)
+    watchers = [Validation(run, folder, log), Painter(run, folder, log)]
+    if not start:
+        _watch(watchers, 0, state)
     log.start()
     with (
         closing(checkpoints),
@@ -255,6 +262,10 @@ def _loop(
             log.advance(step)
             asked = largest(stop.requested or 0)
             last = step == plan.total_steps or asked
+            if any(watcher.is_due(step) for watcher in watchers) and not asked:
+                numbers.flush()
+                with log.paused():
+                    _watch(watchers, step, state)
             if last or step % every == 0:
                 numbers.flush()
                 checkpoints.save(step, state, {"data": data})
@@ -270,6 +281,13 @@ def _loop(
         for path in export(plan, trained, average, folder):
             log.message(f"wrote     {path}")
     return 0
+
+
+def _watch(watchers: Sequence[Validation | Painter], step: int, state: TrainState) -> None:
+    """Has the weights after a step judged and painted; nothing else of the run changes."""
+    for watcher in watchers:
+        if watcher.is_due(step):
+            watcher(step, state)
 
 
 def _feed(plan: Plan, start: int) -> Generator[list[list[Any]], None, None]:

@@ -11,17 +11,19 @@ from tests.conftest import ROOT
 LAYERS = (
     {"errors", "shapes"},
     {"builtin", "hosts", "memory", "tensor_file"},
-    {"arithmetic", "checkpoint", "cli", "compile_cache", "gallery", "lock", "log", "mesh"}
+    {"arithmetic", "charts", "checkpoint", "cli", "compile_cache", "gallery", "lock", "log", "mesh"}
     | {"params", "patterns", "schema", "signals", "data", "models"},
     {"lycoris", "origins", "report"},
     {"low_rank"},
     {"diffusion", "foreign", "formats", "tuning"},
     {"compat", "config", "merging", "selection", "step"},
-    {"averaging", "loss_options", "warm_start", "words"},
-    {"datasets", "optimization"},
+    {"averaging", "loss_options", "sampling", "warm_start", "words"},
+    {"datasets", "optimization", "sample"},
+    {"previews"},
     {"compiled", "explain", "inspection", "pickled", "plan", "start", "verify"},
     {"assembly", "caches", "records"},
-    {"convert", "sample", "train"},
+    {"painter", "validation"},
+    {"convert", "train"},
 )
 """Modules and packages, from the bottom: imports point down, or stay within a package."""
 

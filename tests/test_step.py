@@ -253,7 +253,13 @@ def test_a_weighted_error_at_drawn_timesteps_and_noise_is_pytorchs():
     setup = Setup("v_prediction")
     weights = weighting.weights(setup.objective.schedule, "min_snr", gamma=5.0)
     recipe = Recipe(offset=0.1, pyramid={"level": 3}, perturbation=0.1)
-    how = losses.Loss(losses.huber(0.5), weights, weighting.logit_normal(1000), True, recipe)
+    how = losses.Loss(
+        losses.huber(0.5).error,
+        weights,
+        chances=weighting.logit_normal(1000),
+        low_discrepancy=True,
+        noise=recipe,
+    )
     objective, batch = setup.objective._replace(loss=how), setup.batch(0)
     batch["weight"][-1] = 0
     run = jax.jit(lambda *args: step.loss(objective, *args))

@@ -15,6 +15,16 @@ Error = Callable[[Array], Array]
 """The error of each value, from its difference to what is wanted."""
 
 
+class Width(NamedTuple):
+    """Where squares become straight lines, at each timestep."""
+
+    schedule: str
+    """A name in `weighting.WIDTHS`."""
+    least: float
+    power: int
+    """By which power of it errors of differences in its units are multiplied."""
+
+
 class Criterion(NamedTuple):
     """An error, and the weighting of timesteps that belongs to it."""
 
@@ -23,6 +33,10 @@ class Criterion(NamedTuple):
     """A name in `weighting.WEIGHTINGS`."""
     options: Mapping[str, float] = {}
     """Of the weighting."""
+    width: Width | None = None
+    """Of the error, where it depends on the timestep."""
+    ssim: float = 0.0
+    """How much `ssim.dissimilarity` is added."""
 
 
 class Loss(NamedTuple):
@@ -31,6 +45,12 @@ class Loss(NamedTuple):
     error: Error = jnp.square
     weights: Float[np.ndarray, " T"] | None = None
     """Of the timesteps; None: 1 for each."""
+    units: Float[np.ndarray, " T"] | None = None
+    """Of the timesteps: what differences are divided by before they are judged; None: 1."""
+    ssim: float = 0.0
+    """How much `ssim.dissimilarity` of the clean latents is added."""
+    normalise_mask: bool = False
+    """Whether an image's error is divided by the mean of its mask."""
     chances: Float[np.ndarray, " T"] | None = None
     """Of the timesteps to be drawn; None: all alike."""
     low_discrepancy: bool = False
@@ -51,7 +71,9 @@ def mean_error(
     *,
     error: Error = jnp.square,
     scale: Float[Array, " b"] | None = None,
+    unit: Float[Array, " b"] | None = None,
     mask: Float[Array, "b h w"] | None = None,
+    normalise_mask: bool = False,
 ) -> jax.Array:
     """Mean of the images' mean errors, each counted by its weight; float32 scalar.
 
@@ -64,21 +86,47 @@ def mean_error(
         weight: of each image.
         error: of each value.
         scale: by which an image's error is multiplied; it is not divided by the sum of them.
-        mask: by which the errors of each place are multiplied; nor is it divided by its sum.
+        unit: what an image's differences are divided by.
+        mask: by which the errors of each place are multiplied.
+        normalise_mask: whether an image's error is then divided by the mean of its mask.
     """
-    errors = error(predicted.astype(jnp.float32) - wanted.astype(jnp.float32))
-    if mask is not None:
-        errors = errors * mask[..., None]
-    each = jnp.mean(errors, axis=(1, 2, 3))  # [b]
-    if scale is not None:
-        each = each * scale
+    difference = predicted.astype(jnp.float32) - wanted.astype(jnp.float32)
+    if unit is not None:
+        difference = difference / unit[:, None, None, None]
+    each = of_each(error(difference), mask, normalise_mask=normalise_mask)
+    return mean(each if scale is None else each * scale, weight)
+
+
+def of_each(
+    errors: Float[Array, "b h w c"],
+    mask: Float[Array, "b h w"] | None = None,
+    *,
+    normalise_mask: bool = False,
+) -> Float[Array, " b"]:
+    """Mean error of each image, under its mask."""
+    if mask is None:
+        return jnp.mean(errors, axis=(1, 2, 3))
+    each, share = jnp.mean(errors * mask[..., None], axis=(1, 2, 3)), jnp.mean(mask, axis=(1, 2))
+    return each / jnp.where(share > 0, share, 1) if normalise_mask else each
+
+
+def mean(each: Float[Array, " b"], weight: Float[Array, " b"]) -> jax.Array:
+    """Mean of images' errors, each counted by its weight; 0 if all weights are."""
     total = jnp.sum(weight)
     return jnp.sum(weight * each) / jnp.where(total > 0, total, 1)
 
 
-def huber(delta: float = 1.0) -> Error:
-    """`torch.nn.HuberLoss`: squares up to `delta`, then straight lines."""
+def huber(delta: float = 1.0, schedule: str = "constant") -> Criterion:
+    """`torch.nn.HuberLoss`: squares up to `delta`, then straight lines.
 
+    `schedule`: `constant`, or how that width falls to `delta` over the timesteps, from 1.
+    """
+    if schedule != "constant":
+        return Criterion(_huber(1.0), width=Width(schedule, delta, 2))
+    return Criterion(_huber(delta))
+
+
+def _huber(delta: float) -> Error:
     def error(difference: Array) -> Array:
         size = jnp.abs(difference)
         return jnp.where(size < delta, 0.5 * size**2, delta * (size - 0.5 * delta))
@@ -86,11 +134,9 @@ def huber(delta: float = 1.0) -> Error:
     return error
 
 
-def smooth_l1(beta: float = 1.0) -> Error:
+def smooth_l1(beta: float = 1.0, schedule: str = "constant") -> Criterion:
     """`torch.nn.SmoothL1Loss`: `huber`, divided by `beta`."""
-
-    def error(difference: Array) -> Array:
-        size = jnp.abs(difference)
-        return jnp.where(size < beta, 0.5 * size**2 / beta, size - 0.5 * beta)
-
-    return error
+    if schedule != "constant":
+        return Criterion(_huber(1.0), width=Width(schedule, beta, 1))
+    huber = _huber(beta)
+    return Criterion(lambda difference: huber(difference) / beta)

@@ -120,6 +120,15 @@ def to_x0(
     return from_noisy * x + from_prediction * prediction
 
 
+def clean(
+    schedule: NoiseSchedule, prediction: Latents, noisy: Latents, timesteps: Timesteps
+) -> Latents:
+    """The clean latents that predictions about noisy ones amount to, float32."""
+    alpha, sigma = _alpha_and_sigma(schedule, timesteps)
+    found = prediction.astype(jnp.float32), noisy.astype(jnp.float32)
+    return to_x0(schedule.prediction_type, *found, alpha, sigma)
+
+
 def _alpha_and_sigma(schedule: NoiseSchedule, timesteps: Timesteps) -> tuple[jax.Array, jax.Array]:
     """alpha and sigma of each timestep, [b, 1, 1, 1] float32."""
     alphas_cumprod = jnp.asarray(schedule.alphas_cumprod)[timesteps][:, None, None, None]

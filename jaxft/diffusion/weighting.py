@@ -24,8 +24,9 @@ MOST_SNR = 1000.0
 PER_PREDICTION: dict[str, Callable[[Table], Table]] = {
     "epsilon": lambda snr: np.ones_like(snr),
     "v_prediction": lambda snr: snr / (snr + 1),
+    "sample": lambda snr: snr,
 }
-"""Error of the noise / error of what is predicted."""
+"""Squared error of the noise / squared error of what is predicted."""
 
 
 def snr(schedule: NoiseSchedule) -> Table:
@@ -71,6 +72,32 @@ def p2(ratio: Table, gamma: float = 1.0, k: float = 1.0) -> Table:
     return (k + ratio) ** -gamma
 
 
+def of_x0(ratio: Table, weight: Table) -> Table:
+    """A weight of x0's squared error as one of the noise's, σ² = 1 / snr times as large."""
+    return weight / ratio
+
+
+def x0_min_snr(ratio: Table, gamma: float = 1.0) -> Table:
+    """`MinSNRWeight` of HCP-Diffusion's branch edm: min(1 / (σ √(1 + σ²)), γ) on x0's error."""
+    sigma = np.sqrt(1 / ratio)
+    return of_x0(ratio, np.minimum(1 / (sigma * np.sqrt(1 + sigma**2)), gamma))
+
+
+def x0_soft_min_snr(ratio: Table, gamma: float = 1.0) -> Table:
+    """`SoftMinSNRWeight` there: γ² / (σ² + γ²) on x0's error."""
+    return of_x0(ratio, gamma**2 / (1 / ratio + gamma**2))
+
+
+def x0_kdiff(ratio: Table, gamma: float = 1.0) -> Table:
+    """`KDiffMinSNRWeight` there: (γ σ)² / (σ² + γ²)² on x0's error."""
+    return of_x0(ratio, gamma**2 / ratio / (1 / ratio + gamma**2) ** 2)
+
+
+def x0_edm(ratio: Table, gamma: float = 1.0) -> Table:
+    """`EDMWeight` there: (σ² + γ²) / (σ γ)² on x0's error."""
+    return of_x0(ratio, (1 / ratio + gamma**2) / (gamma**2 / ratio))
+
+
 WEIGHTINGS: dict[str, Callable[..., Table]] = {
     "min_snr": min_snr,
     "soft_min_snr": soft_min_snr,
@@ -78,26 +105,62 @@ WEIGHTINGS: dict[str, Callable[..., Table]] = {
     "edm": edm,
     "debiased": debiased,
     "p2": p2,
+    "x0_min_snr": x0_min_snr,
+    "x0_soft_min_snr": x0_soft_min_snr,
+    "x0_kdiff": x0_kdiff,
+    "x0_edm": x0_edm,
 }
 """Name -> weights of the noise's squared error, from snr and options."""
 
 
-def weights(schedule: NoiseSchedule, name: str, **options: Any) -> Table:
-    """Weight of each timestep on the squared error of what the network predicts, float32.
+def weights(
+    schedule: NoiseSchedule, name: str, *, target: str | None = None, **options: Any
+) -> Table:
+    """Weight of each timestep on the squared error of `target`, float32; of what the network
+    predicts, where there is none.
 
     Raises:
-        UserError: the network predicts x0 itself.
+        UserError: the target is x0 itself.
     """
-    if schedule.prediction_type == "sample":
-        raise UserError(f"{name} has no meaning for a model that predicts samples: leave it out")
-    ratio = snr(schedule)
-    known = ratio > 0
-    # At snr 0 noise's error says nothing: the limit of the product is what counts.
-    ratio = np.where(known, ratio, np.min(ratio[known]) * 1e-6)
-    if name == "debiased" and schedule.prediction_type == "v_prediction":
+    target = target or schedule.prediction_type
+    if target == "sample":
+        raise UserError(
+            f"{name} has no meaning for a model that predicts samples, or where they are "
+            "train.loss.target: leave it out"
+        )
+    ratio = _known(snr(schedule))
+    if name == "debiased" and target == "v_prediction":
         return debiased_v(ratio).astype(np.float32)
-    table = WEIGHTINGS[name](ratio, **options) * PER_PREDICTION[schedule.prediction_type](ratio)
-    return table.astype(np.float32)
+    return (WEIGHTINGS[name](ratio, **options) * PER_PREDICTION[target](ratio)).astype(np.float32)
+
+
+def _known(ratio: Table) -> Table:
+    """At snr 0 noise's error says nothing: the limit of the product is what counts."""
+    known = ratio > 0
+    return np.where(known, ratio, np.min(ratio[known]) * 1e-6)
+
+
+def units(schedule: NoiseSchedule, target: str) -> Table | None:
+    """Difference of what the network predicts / difference of `target`; None: they are the same.
+
+    Prediction and truth are of one noisy latent, so that their differences are multiples of each
+    other: no conversion is needed.
+    """
+    if target == schedule.prediction_type:
+        return None
+    ratio = _known(snr(schedule))
+    predicted, wanted = (PER_PREDICTION[name](ratio) for name in (schedule.prediction_type, target))
+    return np.sqrt(wanted / predicted).astype(np.float32)
+
+
+WIDTHS: dict[str, Callable[[NoiseSchedule, float], Table]] = {
+    "exponential": lambda schedule, least: (
+        least ** (np.arange(len(schedule.alphas_cumprod)) / len(schedule.alphas_cumprod))
+    ),
+    "snr": lambda schedule, least: (1 - least) / (1 + snr(schedule) ** -0.5) ** 2 + least,
+}
+"""Width of an error at each timestep, from 1 to `least`, as in kohya's trainer; Khrapov et al. 2024
+(https://arxiv.org/abs/2403.16728)."""
 
 
 # -------------------------------------------------------------------------------------- timesteps
