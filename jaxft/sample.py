@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxft import __version__, compat, compile_cache, gallery, merging, params
@@ -128,15 +127,8 @@ def paint(
     tokenizers = make_tokenizers(model)
     if config.emb_dir:
         model = add_words(model, tokenizers, Path(config.emb_dir))
-<<<<<<< HEAD
-    _warn_of_cut(tokenizers[0], texts, config.N_repeats)
     mesh = meshes.make(devices=jax.devices()[: len(requests)])
-    each = min(config.bs, -(-len(requests) // mesh.size))  # images of a device
-    batches = make_batches(texts, noise, config, tokenizers, each * mesh.size)
-    images = generate_images(model, table, batches, config, mesh)
-    images = itertools.islice(images, len(requests))  # the others fill up the last batch
-=======
-    work = prepare(requests, model, config, tokenizers)
+    work = prepare(requests, model, config, tokenizers, mesh.size)
     held = {name: part.params for name, part in model.parts.items()}
     if not config.amp:
         dtype, encoders = params.DTYPES[config.dtype], model.family.text_encoders
@@ -145,8 +137,9 @@ def paint(
         name: params.abstract(lambda n=network, c=model.parts[name].config: n(c))[0]
         for name, network in model.family.networks.items()
     }
-    images = generate_images(work, model, networks, jax.device_put(held), config)
->>>>>>> main
+    weights = jax.device_put(held, meshes.replicated(mesh))
+    images = generate_images(work, model, networks, weights, config, mesh)
+    images = itertools.islice(images, len(requests))  # others fill up the last batch
     # The first image waits for the compiler: the bar stands at 0 meanwhile.
     return iter(tqdm(images, total=len(requests), unit="image", desc="sampling"))
 
@@ -251,80 +244,6 @@ def add_words(model: Model, tokenizers: Sequence[WeightedTokenizer], folder: Pat
     return model
 
 
-<<<<<<< HEAD
-def _warn_of_cut(
-    tokenizer: WeightedTokenizer, texts: Sequence[tuple[WeightedText, WeightedText]], repeats: int
-) -> None:
-    for text in dict.fromkeys(side.text for pair in texts for side in pair):
-        if not tokenizer.fits(text, repeats):
-            print(f"cut after {75 * repeats} tokens (raise N_repeats to keep all): {text!r}")
-
-
-def make_batches(
-    texts: Sequence[tuple[WeightedText, WeightedText]],
-    noise: Latents,
-    config: Config,
-    tokenizers: Sequence[WeightedTokenizer],
-    size: int,
-) -> Iterator[tuple[Prompts, Prompts, Latents]]:
-    """Arguments of the program, `size` images at a time: prompts, negative prompts, noise. The last
-    image is made as often as fills up the last batch."""
-    is_weighted = any(weight != 1 for pair in texts for side in pair for weight in side.weights)
-
-    def encode(side: Sequence[WeightedText]) -> Prompts:
-        def rows(tokenizer: WeightedTokenizer) -> list[np.ndarray]:
-            pairs = (tokenizer.encode_weighted(text, config.N_repeats) for text in side)
-            return [np.stack(column) for column in zip(*pairs, strict=True)]
-
-        input_ids, weights = zip(*map(rows, tokenizers), strict=True)
-        # The weights are of the words: for every tokenizer the same.
-        return Prompts(tuple(input_ids), weights[0] if is_weighted else None)
-
-    for start in range(0, len(texts), size):
-        rows = np.minimum(np.arange(start, start + size), len(texts) - 1)
-        positive, negative = zip(*(texts[row] for row in rows), strict=True)
-        yield encode(positive), encode(negative), noise[rows]
-
-
-def generate_images(
-    model: Model,
-    table: Table,
-    batches: Iterator[tuple[Prompts, Prompts, Latents]],
-    config: Config,
-    mesh: Mesh,
-) -> Iterator[tuple[np.ndarray, bool]]:
-    """Each image [h, w, 3] uint8, and whether all of its numbers were finite; every device makes a
-    part of each batch."""
-    dtype, parts, family = params.DTYPES[config.dtype], model.parts, model.family
-    graphdefs = {
-        name: params.abstract(lambda n=network, c=parts[name].config: n(c))[0]
-        for name, network in family.networks.items()
-    }
-    encoders = family.text_encoders
-    clip_skip, final_norm = family.text_layer(config.clip_skip, config.clip_final_norm)
-    program = generate.program(
-        Networks(graphdefs["unet"], graphdefs["vae"], tuple(graphdefs[name] for name in encoders)),
-        scaling_factor=parts["vae"].config.get("scaling_factor", 0.18215),
-        clip_skip=clip_skip,
-        final_norm=final_norm,
-        dtype=dtype,
-    )
-    held = {name: part.params for name, part in parts.items()}
-    if not config.amp:
-        held |= {name: params.cast(held[name], dtype) for name in ("unet", *encoders)}
-    texts = tuple(held[name] for name in encoders)
-    weights = Networks(held["unet"], held["vae"], texts)
-    weights = jax.device_put(weights, meshes.replicated(mesh))
-    scale = float(config.infer_args.guidance_scale)
-    for positive, negative, noise in batches:
-        inputs = (generate.guided_by(scale, negative, positive), noise)
-        prompts, noise = jax.device_put(inputs, meshes.batch_sharding(mesh))
-        pixels, finite = program(weights, prompts, scale, noise, table)
-        yield from zip(np.asarray(pixels), np.asarray(finite).tolist(), strict=True)
-
-
-=======
->>>>>>> main
 def write(
     folder: Path,
     number: int,

@@ -105,6 +105,11 @@ class Training:
 NAMES = ("update", "average")
 
 
+def is_split(leaf: Any) -> bool:
+    """Whether it is large, and some axis has whole parts for eight devices."""
+    return leaf.size >= meshes.SMALLEST_SHARDED and any(size % 8 == 0 for size in leaf.shape)
+
+
 def bytes_on_a_device(tree: Any) -> int:
     """The most of any device."""
     held: dict[Any, int] = {}
@@ -129,7 +134,7 @@ def main(folder: Path) -> None:
     }
     for number, (name, mesh) in enumerate(meshes_of.items()):
         losses, state, said = training.run(mesh)
-        large = [leaf for leaf in jax.tree.leaves(state) if leaf.size >= meshes.SMALLEST_SHARDED]
+        large = [leaf for leaf in jax.tree.leaves(state) if is_split(leaf)]
         drawn = step.draw(jax.random.key(1), (IMAGES, 4, 6, 4), 1000)
         where = meshes.batch_sharding(mesh)
         split = jax.jit(

@@ -37,11 +37,9 @@ def test_losses_are_those_of_one_device(found, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_device_holds_its_share_of_weights_moments_and_average(found, name):
-    """Of the arrays that are large enough to be split: a parameter has four of its size."""
+    """Of the arrays that are large enough, and have an axis that can be divided."""
     fsdp = int(name.partition("x")[2])
-    assert found[name]["bytes"] * fsdp == found[name]["whole"]
-    whole = sum(w.nbytes for w in Training().trainable["unet"].values())
-    assert found[name]["whole"] > 4 * 0.8 * whole
+    assert found[name]["bytes"] * fsdp == found[name]["whole"] > 2**21
 
 
 @pytest.mark.parametrize("name", NAMES)
