@@ -47,6 +47,7 @@ UNSAVED = {
     "tblog",
     "preview",
     "validation",
+    "wandb",
     "state",
 }
 """What a run leaves behind that ended before its first checkpoint."""
@@ -86,7 +87,7 @@ def _train(config: Config, notices: Sequence[str]) -> int:
         start = _latest(checkpoints, folder) if resumes else 0
         if hosts.is_first():
             _write_records(folder, plan, start)
-        with _log(folder, plan.total_steps, start) as log:
+        with _log(plan, folder, start) as log:
             log.message(plans.describe(plan))
             plan = caches.fill(plan, say=log.message, stopped=lambda: stop.requested)
             run = assembly.assemble(plan)
@@ -144,10 +145,11 @@ def _recipe(config: Config) -> dict[str, Any]:
     return recipe
 
 
-def _log(folder: Path, total_steps: int, start: int) -> RunLog:
+def _log(plan: Plan, folder: Path, start: int) -> RunLog:
     """The log of a run, for the first process; others say nothing."""
-    first = hosts.is_first()
-    return RunLog(folder, total_steps, start) if first else cast(RunLog, hosts.Mute())
+    if not hosts.is_first():
+        return cast(RunLog, hosts.Mute())
+    return RunLog(folder, plan.total_steps, start, wandb=plan.config.logger.wandb)
 
 
 def _parts(plan: Plan, folder: Path) -> Parts:
@@ -252,7 +254,9 @@ def _loop(
         hosts.guarded(log.message if hosts.is_first() else None),
     ):
         for step in range(start + 1, plan.total_steps + 1):
-            state, metrics = run.programs.step(state, run.frozen, run.key, next(feed))
+            with log.waiting():
+                batches = next(feed)
+            state, metrics = run.programs.step(state, run.frozen, run.key, batches)
             if plan.average and step % plan.average.every == 0:
                 state = run.programs.average(state, plan.average.share(step))
             if step == start + 1:

@@ -39,6 +39,7 @@ OWNERS = {
     "sklearn": {"data.buckets"},
     "tensorboardX": {"log"},
     "transformers": {"data.tokens"},
+    "wandb": {"log"},
     "yaml": {"config", "data.caption_tables", "origins"},
 }
 """Library -> the modules that may import it."""
