@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxft import memory, params, selection, words
 from jaxft import mesh as meshes
-from jaxft import params, selection, words
 from jaxft import plan as plans
 from jaxft.compiled import Programs
 from jaxft.data.loader import Dataset
@@ -116,10 +116,17 @@ def _teacher(initial: Weights, dtype: Any) -> Weights:
     return teacher
 
 
-def compile_all(run: Run, state: TrainState) -> None:
-    """Compiles all programs of a run, for the shapes of its batches."""
+def check_room(run: Run) -> None:
+    """Raises UserError, before anything is compiled, where what is held leaves no room."""
+    state = run.programs.state(initial(run.plan))
+    held = run.programs.held(state, run.frozen)
+    memory.check(held, memory.of_device(), "the weights, gradients and optimizer alone")
+
+
+def compile_all(run: Run, state: TrainState) -> int:
+    """Compiles all programs of a run, for the shapes of its batches; returns how many there are."""
     batches = [one_of_each_shape(dataset) for dataset in run.plan.datasets]
-    run.programs.compile(state, run.frozen, run.key, batches)
+    return run.programs.compile(state, run.frozen, run.key, batches)
 
 
 def one_of_each_shape(dataset: Dataset) -> list[dict[str, jax.ShapeDtypeStruct]]:

@@ -1,12 +1,35 @@
 """JAX's cache of compiled programs, kept from one run to the next."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.monitoring
 
 SHORTEST = 0.5
 """Seconds of compilation from which on a program is kept."""
+
+
+FOUND = "/jax/compilation_cache/cache_hits"
+"""What JAX tells its listeners for every program that it finds."""
+
+
+@contextlib.contextmanager
+def found() -> Iterator[list[str]]:
+    """A list that has an entry for every program that was found in the cache meanwhile."""
+    told: list[str] = []
+
+    def listen(event: str, **_: object) -> None:
+        if event == FOUND:
+            told.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        yield told
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
 
 
 def enable(folder: str | None) -> None:

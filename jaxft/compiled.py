@@ -70,8 +70,8 @@ class Programs:
 
     def compile(
         self, state: TrainState, frozen: Weights, key: Array, batches: Sequence[Sequence[Batch]]
-    ) -> None:
-        """Compiles all programs of a run, with a progress bar.
+    ) -> int:
+        """Compiles all programs of a run, with a progress bar; returns how many there are.
 
         Args:
             state: shapes and shardings, as from `state`.
@@ -109,6 +109,7 @@ class Programs:
             }
             bar = progress(compiling.items(), "compiling", len(jobs), unit="program")
             self._compiled = {name: program.result() for name, program in bar}
+        return len(jobs)
 
     def step(
         self, state: TrainState, frozen: Weights, key: Array, batches: Sequence[Sequence[Batch]]
@@ -150,10 +151,20 @@ class Programs:
                 losses[-1].append(value)
         return total, losses
 
-    def memory(self) -> int:
-        """Bytes on a device: arguments and temporaries of the program that needs most."""
-        sizes = [program.memory_analysis() for program in self._compiled.values()]
-        return max(s.argument_size_in_bytes + s.temp_size_in_bytes for s in sizes if s is not None)
+    def memory(self, state: TrainState, frozen: Weights) -> int:
+        """Bytes on a device at the most: what is held, and what the program that needs most adds to
+        it, its sums of gradients and temporaries."""
+        sizes = {name: program.memory_analysis() for name, program in self._compiled.items()}
+        most = max(
+            size.temp_size_in_bytes * (1 if name == "update" else len(self._lanes))
+            for name, size in sizes.items()
+        )
+        return self.held(state, frozen) + most
+
+    def held(self, state: TrainState, frozen: Weights) -> int:
+        """Bytes on a device of arrays, or shapes: the state, frozen weights and gradients."""
+        sums = [jax.tree.map(_as_float32, state.trainable)] * len(self._lanes)
+        return meshes.bytes_on_a_device((state, frozen, sums))
 
     def _numbers(self, dataset: int, part: int) -> tuple[Any, Any, Any]:
         """What tells apart the data sets whose batches go through one program."""
@@ -161,10 +172,13 @@ class Programs:
 
     def _gradients(self, where: Any) -> Callable:
         objective = self._objective
+        gathered = functools.partial(meshes.gathered, self._mesh)
 
         def run(trainable, frozen, batch, dataset, part, factor, key, step, total):
             key = steps.batch_key(key, step, dataset, part)
-            return steps.gradients(objective, factor, trainable, frozen, batch, key, total)
+            return steps.gradients(
+                objective, factor, trainable, frozen, batch, key, total, gathered
+            )
 
         where = (meshes.replicated(self._mesh), where)
         return jax.jit(run, donate_argnames="total", out_shardings=where)

@@ -33,6 +33,10 @@ ON_TPU = "TPU_ML_PLATFORM"
 LAG = 2
 """Steps after which all processes know what one was asked for: none waits for the others' step."""
 
+LOST_AFTER = 60
+"""Seconds without a sign of life after which a process counts as lost, where no one waits for what
+it computes; its partners then end too, with JAX's message."""
+
 REMEDY = "the processes may be started again with train.resume, the folder of the run"
 
 
@@ -71,28 +75,35 @@ def joined(
     Raises:
         UserError: arguments that do not go together, a port in use, or no answer.
     """
-    given = (coordinator_address, num_processes, process_id)
-    _check(*given)
-    if given == (None, None, None) and not _launched():
+    if not _initialize(coordinator_address, num_processes, process_id):
         yield
         return
-    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is `signals`' matter
-    try:
-        jax.distributed.initialize(*given)
-    except ValueError:
-        if given != (None, None, None):
-            raise
-        yield  # processors of a batch job, in which this is the only process
-        return
-    except RuntimeError as error:
-        raise UserError(
-            f"distributed: the processes did not find each other: {error}\nThe first needs a free "
-            "port (coordinator_address; JAX_COORDINATOR_PORT where a launcher chooses) that the "
-            "others reach, and all must be started"
-        ) from None
     with guarded():
         yield
     jax.distributed.shutdown()
+
+
+def _initialize(address: str | None, count: int | None, own: int | None) -> bool:
+    """Has JAX join the processes; False where this one is alone."""
+    given = (address, count, own)
+    _check(*given)
+    is_given = given != (None, None, None)
+    if not is_given and not _launched():
+        return False
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is `signals`' matter
+    try:
+        jax.distributed.initialize(*given, heartbeat_timeout_seconds=LOST_AFTER)
+    except ValueError:
+        if is_given:
+            raise
+        return False  # processors of a batch job, in which this is the only process
+    except RuntimeError as error:
+        raise UserError(
+            f"distributed: the processes did not find each other: {error}\nThe first needs a port "
+            "that is free (coordinator_address; JAX_COORDINATOR_PORT where a launcher chooses) and "
+            "that the others reach, and all must be started"
+        ) from None
+    return True
 
 
 @contextlib.contextmanager

@@ -54,6 +54,30 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(lambda leaf: NamedSharding(mesh, spec(leaf.shape, fsdp)), tree)
 
 
+def gathered(mesh: Mesh, weights: Any) -> Any:
+    """Weights as a step computes with them: those that are split are put together on every device.
+
+    Without this the compiler splits activations as it finds the weights, and exchanges them at
+    every layer. Of the gradient, each device then adds up the part that it keeps.
+    """
+    fsdp, whole = mesh.shape["fsdp"], replicated(mesh)
+
+    def gather(leaf: jax.Array) -> jax.Array:
+        if spec(leaf.shape, fsdp) == P():
+            return leaf
+        return jax.lax.with_sharding_constraint(leaf, whole)
+
+    return jax.tree.map(gather, weights)
+
+
+def bytes_on_a_device(tree: Any) -> int:
+    """Of arrays, or of shapes with shardings, what one device holds."""
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Batches: the first axis over all devices."""
     return NamedSharding(mesh, P(("data", "fsdp")))

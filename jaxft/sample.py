@@ -1,6 +1,7 @@
 """`python -m jaxft.sample`: images from text, or the merged model as a folder."""
 
 import argparse
+import itertools
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from jaxft import __version__, compat, compile_cache, gallery, merging, params
 from jaxft import config as configuration
+from jaxft import mesh as meshes
 from jaxft.cli import run
 from jaxft.config import Config
 from jaxft.data.prompt_weights import WeightedTokenizer
@@ -116,8 +118,8 @@ def make_requests(config: Config, seed: Any = None) -> list[Request]:
 def paint(
     requests: Sequence[Request], model: Model, config: Config
 ) -> Iterator[tuple[np.ndarray, bool]]:
-    """Each request's image [h, w, 3] uint8, and whether all of its numbers were finite; made `bs`
-    at a time, with a progress bar. All that can be wrong is found before the first.
+    """Each request's image [h, w, 3] uint8, and whether all of its numbers were finite. A device
+    makes up to `bs` at a time. A progress bar is shown. What can be wrong is found before all.
 
     Raises:
         UserError: a prompt, the sampler, the size or a tokenizer is not usable.
@@ -125,7 +127,8 @@ def paint(
     tokenizers = make_tokenizers(model)
     if config.emb_dir:
         model = add_words(model, tokenizers, Path(config.emb_dir))
-    work = prepare(requests, model, config, tokenizers)
+    mesh = meshes.make(devices=jax.devices()[: len(requests)])
+    work = prepare(requests, model, config, tokenizers, mesh.size)
     held = {name: part.params for name, part in model.parts.items()}
     if not config.amp:
         dtype, encoders = params.DTYPES[config.dtype], model.family.text_encoders
@@ -134,7 +137,9 @@ def paint(
         name: params.abstract(lambda n=network, c=model.parts[name].config: n(c))[0]
         for name, network in model.family.networks.items()
     }
-    images = generate_images(work, model, networks, jax.device_put(held), config)
+    weights = jax.device_put(held, meshes.replicated(mesh))
+    images = generate_images(work, model, networks, weights, config, mesh)
+    images = itertools.islice(images, len(requests))  # others fill up the last batch
     # The first image waits for the compiler: the bar stands at 0 meanwhile.
     return iter(tqdm(images, total=len(requests), unit="image", desc="sampling"))
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxft import mesh as meshes
 from jaxft import params
@@ -33,7 +34,7 @@ class Work(NamedTuple):
 
     table: Table
     batches: list[tuple[Prompts, Prompts, Latents]]
-    """Prompts, negative prompts and noise of `bs` images at a time."""
+    """Prompts, negative prompts and noise of some images at a time."""
 
 
 def prepare(
@@ -41,8 +42,11 @@ def prepare(
     model: Model,
     config: Config,
     tokenizers: Sequence[WeightedTokenizer],
+    num_devices: int = 1,
 ) -> Work:
-    """Requests as numbers.
+    """Requests as numbers, for each device up to `bs` of a batch.
+
+    The last request is repeated as often as fills up the last batch of several devices.
 
     Raises:
         UserError: a prompt, the sampler or the size is not usable.
@@ -52,7 +56,9 @@ def prepare(
     table = make_table(model, steps, config.new_components.scheduler)
     noise = make_noise(config, model, [request.seed for request in requests])
     _warn_of_cut(tokenizers[0], texts, config.N_repeats)
-    return Work(table, list(make_batches(texts, noise, config, tokenizers)))
+    each = min(config.bs, -(-len(texts) // num_devices))  # images of a device
+    batches = make_batches(texts, noise, config, tokenizers, each * num_devices)
+    return Work(table, list(batches))
 
 
 def make_table(model: Model, steps: int, replaced: Any) -> Table:
@@ -100,8 +106,9 @@ def make_batches(
     noise: Latents,
     config: Config,
     tokenizers: Sequence[WeightedTokenizer],
+    size: int,
 ) -> Iterator[tuple[Prompts, Prompts, Latents]]:
-    """Arguments of the program, `bs` images at a time: prompts, negative prompts, noise."""
+    """Arguments of the program, `size` images at a time: prompts, negative prompts, noise."""
     is_weighted = any(weight != 1 for pair in texts for side in pair for weight in side.weights)
 
     def encode(side: Sequence[WeightedText]) -> Prompts:
@@ -113,10 +120,10 @@ def make_batches(
         # The weights are of the words: for every tokenizer the same.
         return Prompts(tuple(input_ids), weights[0] if is_weighted else None)
 
-    for start in range(0, len(texts), config.bs):
-        part = slice(start, start + config.bs)
-        positive, negative = zip(*texts[part], strict=True)
-        yield encode(positive), encode(negative), noise[part]
+    for start in range(0, len(texts), size):
+        rows = np.minimum(np.arange(start, start + size), len(texts) - 1)
+        positive, negative = zip(*(texts[row] for row in rows), strict=True)
+        yield encode(positive), encode(negative), noise[rows]
 
 
 def generate_images(
@@ -125,6 +132,7 @@ def generate_images(
     networks: Mapping[str, Any],
     weights: Mapping[str, Any],
     config: Config,
+    mesh: Mesh | None = None,
 ) -> Iterator[tuple[np.ndarray, bool]]:
     """Each image [h, w, 3] uint8, and whether all of its numbers were finite.
 
@@ -134,6 +142,7 @@ def generate_images(
         networks: network -> its structure (`nnx.GraphDef`).
         weights: network -> its weights on the devices.
         config: of sampling.
+        mesh: devices that share each batch, which they divide; None: all compute the whole.
     """
     family = model.family
     encoders = family.text_encoders
@@ -152,5 +161,7 @@ def generate_images(
     scale = float(config.infer_args.guidance_scale)
     for positive, negative, noise in work.batches:
         prompts = generate.guided_by(scale, negative, positive)
+        if mesh is not None:
+            prompts, noise = jax.device_put((prompts, noise), meshes.batch_sharding(mesh))
         pixels, finite = meshes.fetch(program(held, prompts, scale, noise, work.table))
         yield from zip(pixels, finite.tolist(), strict=True)

@@ -12,7 +12,7 @@ predicted before training.
 each batch (several data sets, accumulation), adding up, then `update`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -246,12 +246,15 @@ def gradients(
     batch: dict[str, Array],
     key: Array,
     total: Weights | None,
+    gathered: Callable[[Weights], Weights] = lambda weights: weights,
 ) -> tuple[Float[Array, ""], Weights]:
     """A batch's loss, and `total` plus `factor` times its gradient (None: nothing to add to), which
-    is float32."""
-    value, grads = jax.value_and_grad(lambda trained: loss(objective, trained, frozen, batch, key))(
-        _whole(trainable)
-    )
+    is float32. `gathered` makes of weights as they lie on devices those that are computed with."""
+
+    def loss_of(trained: Weights) -> Array:
+        return loss(objective, gathered(trained), gathered(frozen), batch, key)
+
+    value, grads = jax.value_and_grad(loss_of)(_whole(trainable))
     grads = jax.tree.map(lambda g: factor * g, grads)
     return value, grads if total is None else jax.tree.map(jnp.add, total, grads)
 

@@ -9,12 +9,15 @@ A run writes one folder; see `docs/`. Ctrl-C and SIGTERM save and end it (exit c
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
-from jaxft import assembly, caches, cli, compile_cache, hosts, params
+import jax
+
+from jaxft import assembly, caches, cli, compile_cache, hosts, memory, params
 from jaxft import config as configs
 from jaxft import mesh as meshes
 from jaxft import plan as plans
@@ -73,6 +76,7 @@ def train(config: Config, notices: Sequence[str] = ()) -> int:
 
 
 def _train(config: Config, notices: Sequence[str]) -> int:
+    began = time.monotonic()
     hosts.check_same("configuration", _recipe(config))
     folder, resumes = _folder(config)
     compile_cache.enable(config.compile_cache)
@@ -87,13 +91,14 @@ def _train(config: Config, notices: Sequence[str]) -> int:
             log.message(plans.describe(plan))
             plan = caches.fill(plan, say=log.message, stopped=lambda: stop.requested)
             run = assembly.assemble(plan)
+            assembly.check_room(run)
             state = _start(run, checkpoints, start, log)
             if not hosts.largest(stop.requested or 0):
                 _compile(run, state, log)
             if asked := hosts.largest(stop.requested or 0):
                 log.message("stopped before the first step")
                 return 128 + asked
-            return _loop(run, state, folder, checkpoints, log, stop, start)
+            return _loop(run, state, folder, checkpoints, log, stop, start, began)
 
 
 # -------------------------------------------------------------------------------------- set-up
@@ -211,8 +216,14 @@ def _fingerprint(plan: Plan) -> str:
 
 
 def _compile(run: Run, state: TrainState, log: RunLog) -> None:
-    assembly.compile_all(run, state)
-    log.message(f"memory    {run.programs.memory() / 2**30:.2f} GiB on each device")
+    began = time.monotonic()
+    with compile_cache.found() as found:
+        count = assembly.compile_all(run, state)
+    seconds = time.monotonic() - began
+    log.message(f"compiled  {count} programs in {seconds:.1f} s, {len(found)} from the cache")
+    needed, limit = run.programs.memory(state, run.frozen), memory.of_device()
+    log.message(f"memory    {memory.describe(needed, limit)}")
+    memory.check(needed, limit, "steps of this batch_size")
 
 
 # ---------------------------------------------------------------------------------------- loop
@@ -226,6 +237,7 @@ def _loop(
     log: RunLog,
     stop: Stop,
     start: int,
+    began: float,
 ) -> int:
     """Steps `start` to the end, or to the one in which the user asks to stop."""
     plan, every = run.plan, run.plan.config.train.save_step
@@ -247,6 +259,9 @@ def _loop(
             state, metrics = run.programs.step(state, run.frozen, run.key, batches)
             if plan.average and step % plan.average.every == 0:
                 state = run.programs.average(state, plan.average.share(step))
+            if step == start + 1:
+                jax.block_until_ready(metrics)
+                log.message(f"step {step}    {time.monotonic() - began:.1f} s after the start")
             numbers.add(step, metrics)
             log.advance(step)
             asked = largest(stop.requested or 0)

@@ -261,7 +261,7 @@ def report(args: argparse.Namespace, times: dict, losses: dict, systems: dict[st
         "ratio_of_means": round(mean[first] / mean[second], 3),
         "images_per_s": round(args.batch / median[first], 3),
         "compile_s": round(ours.compile_s, 1),
-        "memory_mib": round(ours.programs.memory() / 2**20),
+        "memory_mib": round(ours.programs.memory(ours.state, ours.frozen) / 2**20),
         **same,
         "device": jax.devices()[0].device_kind,
         "machine": platform.machine(),

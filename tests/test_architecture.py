@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 
 LAYERS = (
     {"errors", "shapes"},
-    {"builtin", "hosts", "tensor_file"},
+    {"builtin", "hosts", "memory", "tensor_file"},
     {"arithmetic", "charts", "checkpoint", "cli", "compile_cache", "gallery", "lock", "log", "mesh"}
     | {"params", "patterns", "schema", "signals", "data", "models"},
     {"lycoris", "origins", "report"},

@@ -126,6 +126,18 @@ def test_an_image_is_made_by_its_seed(tiny_model, tmp_path):
     assert np.abs(zero - one).max() > 20
 
 
+def test_five_images_on_four_devices_are_those_of_one(tiny_model, tmp_path, monkeypatch):
+    """Each device makes one at a time; of the second four, one is wanted."""
+    together = generate(tiny_model, tmp_path / "a", "bs=1", "num=5")
+    devices = jax.devices()
+    monkeypatch.setattr(jax, "devices", lambda: devices[:1])
+    alone = generate(tiny_model, tmp_path / "b", "bs=1", "num=5")
+    assert len(together) == len(alone) == 5
+    assert len(devices) == 4
+    assert np.abs(np.stack(together) - np.stack(alone)).max() <= 1  # sums in another order
+    assert np.abs(together[4] - together[3]).max() > 20
+
+
 def test_info_file_makes_the_image_again_alone(tiny_model, tmp_path):
     images = generate(tiny_model, tmp_path / "a", "seed=5")
     info = next((tmp_path / "a").glob("1-6-info.yaml"))

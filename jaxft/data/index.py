@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from jaxft import tensor_file
 from jaxft.data.columns import Texts
 from jaxft.data.files import Stamp
 from jaxft.errors import UserError
+from jaxft.hosts import progress
 
 LEAST = 256
 """Files from which on they are worth an index."""
@@ -107,7 +107,7 @@ class Index:
         old, new, rows = _load(path), _Table(), array("q")
         pool, done = ThreadPoolExecutor(os.cpu_count()), False
         try:
-            with tqdm(desc=title, total=len(names), unit="file") as bar:
+            with progress(desc=title, total=len(names), unit="file") as bar:
                 for start in range(0, len(names), _BLOCK):
                     block, now = names[start : start + _BLOCK], time.time_ns()
                     stamps = [stamp(start + i) for i in range(len(block))]

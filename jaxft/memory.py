@@ -1,0 +1,37 @@
+"""The memory of a device beside what a run needs of it."""
+
+import jax
+
+from jaxft.errors import UserError
+
+REMEDIES = (
+    "a smaller batch_size",
+    "model.gradient_checkpointing: full",
+    "more devices that share the weights (mesh.fsdp)",
+    "fewer layers or LoRAs",
+    "an optimizer that keeps less",
+)
+
+
+def of_device() -> int | None:
+    """Bytes that a program may use on each device; None where the device does not say."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit")
+
+
+def describe(needed: int, limit: int | None) -> str:
+    """Both in words."""
+    beside = "" if limit is None else f" of {limit / 2**30:.2f}"
+    return f"{needed / 2**30:.2f}{beside} GiB on each device"
+
+
+def check(needed: int, limit: int | None, what: str) -> None:
+    """Compares what a run needs with what there is.
+
+    Raises:
+        UserError: it cannot suffice; says by how much, and what takes less.
+    """
+    if limit is not None and needed > limit:
+        raise UserError(
+            f"memory: {what} take {describe(needed, limit)}; use {', or '.join(REMEDIES)}"
+        )
