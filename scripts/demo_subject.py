@@ -47,12 +47,11 @@ def paint(
 
 
 def random_picture(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, str]:
-    """A picture and its caption."""
-    x, y = world.on_grid(rng.uniform(0, 1, 2), np.array(size), np.array([WIDTH, 1.0]) * RADIUS + 2)
+    """A picture, with the subject in its middle, and its caption."""
     background = world.random_scene(rng, size, 1).background._replace(
         colour=BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
     )
-    return paint(size, x, y, RADIUS, background), caption(background, NAME)
+    return paint(size, size[0] / 2, size[1] / 2, RADIUS, background), caption(background, NAME)
 
 
 def caption(background: world.Background, name: str) -> str:
