@@ -63,13 +63,18 @@ def caption(background: world.Background, name: str) -> str:
 
 
 def write(folder: Path, seed: int = 0) -> None:
-    """Writes the set: half of the pictures square, a quarter wide, a quarter upright."""
+    """Writes the set, no two alike: half of them square, a quarter wide, a quarter upright."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng((seed, NUM_PICTURES))
     square, wide, upright = world.SIZES
+    written = set()
     for number in range(NUM_PICTURES):
         size = (square, wide, square, upright)[number % 4]
-        picture, caption = random_picture(rng, size)
+        while True:
+            picture, caption = random_picture(rng, size)
+            if (size, caption) not in written:
+                break
+        written.add((size, caption))
         Image.fromarray(picture).save(folder / f"{number:02}.png", optimize=True)
         (folder / f"{number:02}.txt").write_text(f"{caption}\n")
 
