@@ -1,5 +1,6 @@
 """A plan on the devices: networks, frozen weights, and the programs of a run."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from jaxft.params import abstract
 from jaxft.plan import Plan
 from jaxft.step import Objective, TrainState, Weights
 from jaxft.tuning import adapters
+from jaxft.tuning.adapters import Adapters
 
 REMAT = {True: "blocks", False: "none"}
 """Policies that `model.gradient_checkpointing` may name by yes or no."""
@@ -24,6 +26,8 @@ class Run(NamedTuple):
     """What the loop needs, on the devices."""
 
     plan: Plan
+    objective: Objective
+    """Of the networks at rest: nothing is dropped."""
     programs: Programs
     frozen: Weights
     key: jax.Array
@@ -39,10 +43,7 @@ def assemble(plan: Plan) -> Run:
     plan = plan._replace(selection=selection.begin(plan.selection, plan.model))
     config, parts, family = plan.config, plan.model.parts, plan.model.family
     dtype = jnp.dtype(plans.COMPUTE[config.mixed_precision])
-    policy = config.model.gradient_checkpointing
-    remat = REMAT[policy] if isinstance(policy, bool) else policy
-    options = {"unet": {"remat": remat}}
-    loras = plan.selection.adapters
+    datasets = [*plan.datasets, *plan.held_out]
     frozen: dict[str, Any] = {
         name: selection.frozen(plan.selection, plan.model, name) for name in parts
     }
@@ -50,31 +51,15 @@ def assemble(plan: Plan) -> Run:
         name: params.cast(weights, np.float32 if name == "vae" else dtype)
         for name, weights in frozen.items()
     }
-    if all(dataset.moments is not None for dataset in plan.datasets):
+    if all(dataset.moments is not None for dataset in datasets):
         del frozen["vae"]
-    if all(dataset.text is not None for dataset in plan.datasets):
+    if all(dataset.text is not None for dataset in datasets):
         for name in family.text_encoders:
             del frozen[name]
     elif plan.words.frozen:
         frozen[words.PART] = dict(plan.words.frozen)
-
-    def build(name: str) -> Any:
-        network = family.networks[name](parts[name].config, **options.get(name, {}))
-        return adapters.attach(network, loras.get(name, {}))
-
-    clip_skip, final_norm = family.text_layer(config.model.clip_skip, config.model.clip_final_norm)
-    objective = Objective(
-        networks={name: abstract(lambda n=name: build(n))[0] for name in frozen if name in parts},
-        schedule=plan.noising,
-        scaling_factor=parts["vae"].config.get("scaling_factor", 0.18215),
-        dtype=dtype,
-        clip_skip=clip_skip,
-        clip_final_norm=final_norm,
-        loss=plan.loss,
-        dropouts={
-            name: keys for name, own in loras.items() if (keys := adapters.dropout_keys(own))
-        },
-    )
+    used = [name for name in frozen if name in parts]
+    objective = _objective(plan, used, plan.selection.adapters)
     programs = Programs(
         objective,
         plan.optimizer,
@@ -83,10 +68,36 @@ def assemble(plan: Plan) -> Run:
         accumulation=plan.accumulation,
         averages=plan.average is not None,
     )
-    if any(dataset.teacher for dataset in plan.datasets):
+    if any(dataset.teacher for dataset in datasets):
         frozen |= _teacher(initial(plan), dtype)
     key = jax.jit(jax.random.key, out_shardings=meshes.replicated(plan.mesh))(config.seed)
-    return Run(plan, programs, put(plan, frozen), key)
+    resting = {n: adapters.at_rest(own) for n, own in plan.selection.adapters.items()}
+    return Run(plan, _objective(plan, used, resting), programs, put(plan, frozen), key)
+
+
+def _objective(plan: Plan, used: Sequence[str], loras: Mapping[str, Adapters]) -> Objective:
+    """What a step minimises, of the networks that it uses, with these LoRAs."""
+    config, parts, family = plan.config, plan.model.parts, plan.model.family
+    policy = config.model.gradient_checkpointing
+    options = {"unet": {"remat": REMAT[policy] if isinstance(policy, bool) else policy}}
+
+    def build(name: str) -> Any:
+        network = family.networks[name](parts[name].config, **options.get(name, {}))
+        return adapters.attach(network, loras.get(name, {}))
+
+    clip_skip, final_norm = family.text_layer(config.model.clip_skip, config.model.clip_final_norm)
+    return Objective(
+        networks={name: abstract(lambda n=name: build(n))[0] for name in used},
+        schedule=plan.noising,
+        scaling_factor=parts["vae"].config.get("scaling_factor", 0.18215),
+        dtype=jnp.dtype(plans.COMPUTE[config.mixed_precision]),
+        clip_skip=clip_skip,
+        clip_final_norm=final_norm,
+        loss=plan.loss,
+        dropouts={
+            name: keys for name, own in loras.items() if (keys := adapters.dropout_keys(own))
+        },
+    )
 
 
 def initial(plan: Plan) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def fill(
     Raises:
         UserError: an image is gone or changed, or a cache's folder cannot be used.
     """
-    datasets = list(made.datasets)
+    datasets = [*made.datasets, *made.held_out]
     for key, field, compute in (
         ("cache_latents", "moments", _moments),
         ("cache_text", "text", _texts),
@@ -62,7 +62,8 @@ def fill(
         if by_folder:
             stores = compute(made, by_folder, say, stopped)
             datasets = [replace(d, **{field: stores.get(d.name)}) for d in datasets]
-    return made._replace(datasets=datasets)
+    trained = len(made.datasets)
+    return made._replace(datasets=datasets[:trained], held_out=datasets[trained:])
 
 
 Stores = dict[str, Memory | Disk]

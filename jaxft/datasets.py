@@ -8,10 +8,10 @@ from jaxft import compat, report, words
 from jaxft import config as configs
 from jaxft.config import Config
 from jaxft.data import bucket_table, captions, prompts, source
-from jaxft.data.batches import BatchPlan
-from jaxft.data.buckets import Buckets, Originals
+from jaxft.data.batches import BatchPlan, Tail
+from jaxft.data.buckets import Buckets, Originals, Size
 from jaxft.data.loader import Dataset
-from jaxft.data.records import Records
+from jaxft.data.records import Record, Records, once
 from jaxft.data.tokens import Tokenizer
 from jaxft.diffusion.losses import Loss
 from jaxft.errors import UserError
@@ -26,13 +26,14 @@ MAX_PROMPTS = 100
 
 def read(
     config: Config, model: diffusers_folder.Model, vocabulary: Words, num_devices: int
-) -> tuple[list[Dataset], list[str]]:
-    """The data sets of a model, in the order of the configuration, and what is to be told of them.
+) -> tuple[list[Dataset], list[Dataset], list[str]]:
+    """The data sets of a model, in the order of the configuration, what is held out of them, and
+    what is to be told.
 
     Raises:
         UserError: images, captions or options that cannot be used.
     """
-    datasets, notices = [], []
+    trained, held, notices = [], [], []
     resumed, kept = config.train.resume, config.index_cache and Path(config.index_cache)
     tables = bucket_table.read(Path(resumed) / bucket_table.FILE) if resumed else {}
     tokenizers = [Tokenizer(folder) for folder in model.tokenizers.values()]
@@ -46,39 +47,92 @@ def read(
                 raise UserError(f"data.{name}.source.{key}: {error}") from None
             columns += found.records.parts
             notices += found.notices
-        sizes = Records(columns).sizes
-        buckets, new = _buckets(name, options.bucket, sizes, tables.get(name))
-        records = Records(columns, scaled=buckets.scaled)
-        batch_size = options.batch_size * num_devices
-        try:
-            plan = BatchPlan(buckets, batch_size, seed=config.seed, name=name, tail=options.tail)
-        except UserError as error:
-            raise UserError(f"data.{name}: {error}") from None
-        repeats = config.model.tokenizer_repeats
-        datasets.append(
-            Dataset(
-                name,
-                records,
-                buckets,
-                plan,
-                tokenizers,
-                repeats,
-                options.loss_weight,
-                options.teacher,
-                with_sizes=model.family.is_xl,
+        used, spared = _held_out(name, Records(columns), options.held_out)
+        known: Sequence[Size] = ()
+        roles: list[tuple[Sequence[Record], list[Dataset], int, Tail]] = [
+            (used, trained, config.seed, options.tail),
+            (spared, held, 0, "pad"),  # of any run the same prompts
+        ]
+        for records, into, seed, tail in roles:
+            if not records:
+                continue
+            saved = tables.get(name) if into is trained else None
+            buckets, new = _buckets(name, options.bucket, _sizes(records), saved, known)
+            known = buckets.sizes  # what is held out is seen in the sizes that are trained
+            rows = options.batch_size * num_devices
+            try:
+                plan = BatchPlan(buckets, rows, seed=seed, name=name, tail=tail)
+            except UserError as error:
+                raise UserError(f"data.{name}: {error}") from None
+            into.append(
+                Dataset(
+                    name,
+                    _scaled(records, buckets.scaled),
+                    buckets,
+                    plan,
+                    tokenizers,
+                    config.model.tokenizer_repeats,
+                    options.loss_weight,
+                    options.teacher,
+                    with_sizes=model.family.is_xl,
+                )
             )
+            notices += new + _truncated(into[-1]) + report.warnings(into[-1])
+    if not trained:
+        raise UserError("data: everything is held out; set held_out of a data set below 1")
+    return trained, held, notices
+
+
+def _held_out(
+    name: str, records: Sequence[Record], share: float
+) -> tuple[Sequence[Record], list[Record]]:
+    """The records to train on, and those held out, each once and as it is.
+
+    An image is held out or not by its own content alone, whatever others there are; if none would
+    be, the nearest to it is.
+    """
+    if not 0 <= share <= 1:
+        raise UserError(f"data.{name}.held_out: {share:g} must be a share, from 0 to 1")
+    if not share:
+        return records, []
+    places = {record.digest: int(record.digest[:16], 16) / 2**64 for record in once(records)}
+    spared = {digest for digest, place in places.items() if place < share}
+    spared = spared or {min(places, key=lambda digest: places[digest])}
+    if len(spared) == len(places) and share < 1:
+        raise UserError(
+            f"data.{name}.held_out: {share:g} leaves none of its {len(places)} images to train on; "
+            "give more images, or a smaller share"
         )
-        notices += new + _truncated(datasets[-1]) + report.warnings(datasets[-1])
-    return datasets, notices
+    judged = {record.digest: record for record in once(records) if record.digest in spared}
+    return [record for record in records if record.digest not in spared], [
+        record._replace(crop="center" if record.crop == "random" else record.crop, flip=False)
+        for record in judged.values()
+    ]
+
+
+def _sizes(records: Sequence[Record]) -> Originals:
+    return records.sizes if isinstance(records, Records) else [record.size for record in records]
+
+
+def _scaled(records: Sequence[Record], scaled: bool) -> Sequence[Record]:
+    """The records, with what their buckets say of scaling."""
+    if isinstance(records, Records):
+        return Records(records.parts, scaled=scaled)
+    return [record._replace(scaled=scaled) for record in records]
 
 
 def _buckets(
-    name: str, options: Config, sizes: Originals, saved: bucket_table.Saved | None
+    name: str,
+    options: Config,
+    sizes: Originals,
+    saved: bucket_table.Saved | None,
+    known: Sequence[Size],
 ) -> tuple[Buckets, list[str]]:
-    """A dataset's buckets: those of the run that goes on, unless other options are asked for."""
+    """A dataset's buckets: those of the run that goes on, unless other options are asked for;
+    else known ones, or new ones."""
     key, node = f"data.{name}.bucket", options.to_dict()
     kept = saved if saved and bucket_table.matches(saved, node) else None
-    buckets = compat.build(node, "bucket", key, sizes=sizes, known=kept.sizes if kept else ())
+    buckets = compat.build(node, "bucket", key, sizes=sizes, known=kept.sizes if kept else known)
     if not kept:
         return buckets, []
     buckets, added = bucket_table.restore(kept, sizes, buckets)

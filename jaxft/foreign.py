@@ -13,7 +13,6 @@ from jaxft.schema import Path, Problem, Schema, Unknown, nearest
 IGNORED: dict[str, str] = {
     "allow_tf32": "the precision follows from mixed_precision",
     "vis_info": "it has no effect in HCP-Diffusion either",
-    "logger": "train.log, metrics.jsonl and tblog/ are always written, each train.log_step updates",
     "train.set_grads_to_none": "gradients are not kept between updates",
     "model.enable_xformers": "the attention kernel is chosen by the device",
     "model.force_cast_precision": "weights are float32, mixed_precision is what computes",
@@ -64,7 +63,10 @@ REFUSED: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
     },
     "plugin_unet": (_NOTHING, "no ControlNet or other plugins"),
     "plugin_TE": (_NOTHING, "no plugins"),
-    "previewer": (_NOTHING, "no images while training; use jaxft.sample"),
+    "previewer._target_": (
+        _one_of("hcpdiff.loggers.preview.ImagePreviewer", "ImagePreviewer"),
+        "the previewer is hcpdiff.loggers.preview.ImagePreviewer",
+    ),
     "train.resume.start_step": (
         _NOTHING,
         "a warm start begins with step 1; --resume RUN takes up a run's whole state, step and all",
@@ -124,6 +126,11 @@ OLDER: dict[str, str] = {"data.*.source.*.tag_transforms": "text_transforms"}
 AVERAGES = ("model.ema_unet", "model.ema_text_encoder")
 """Older spellings of `model.ema`: a decay each, 0 for none."""
 
+LOGGERS = ("CLILogger", "TBLogger", "WanDBLogger")
+"""HCP-Diffusion's, without their module."""
+
+ALWAYS = "train.log, metrics.jsonl and tblog/"
+
 RESUME = ("train", "resume", "ckpt_path")
 """HCP-Diffusion's spelling of `train.warm_start`."""
 
@@ -179,6 +186,7 @@ def take_out(tree: dict[str, Any], notices: list[Problem], problems: list[Proble
             siblings[newer] = value
     _take_averages(tree, notices, problems)
     _take_resume(tree, problems)
+    _take_loggers(tree, notices, problems)
     for (key, value), (instead, reason) in REPLACED.items():
         if tree.get(key) == value:
             tree[key] = instead
@@ -217,6 +225,23 @@ def _take_resume(tree: dict[str, Any], problems: list[Problem]) -> None:
                 own[kind] = _files(value, (*path, kind), problems) if kind != "words" else value
     for _, run, _ in _pop(tree, ("train", "resume", "run"), ()):
         tree["train"].setdefault("resume", run)
+
+
+def _take_loggers(tree: dict[str, Any], notices: list[Problem], problems: list[Problem]) -> None:
+    """Makes `logger` of HCP-Diffusion's list of loggers; those of lines and of TensorBoard are
+    always there."""
+    loggers, own = tree.get("logger"), {"wandb": None}
+    if not isinstance(loggers, list):
+        return
+    for number, node in enumerate(loggers):
+        name = str(node.get("_target_")).rpartition(".")[2] if isinstance(node, dict) else ""
+        if name not in LOGGERS:
+            choices = ", ".join(f"hcpdiff.loggers.{one}" for one in LOGGERS)
+            problems.append((("logger", str(number)), f"not supported: choose of {choices}"))
+        elif name == "WanDBLogger":
+            own["wandb"] = node.get("project", "hcp-diffusion")
+    notices.append((("logger",), f"{ALWAYS} are always written, each train.log_step updates"))
+    tree["logger"] = own
 
 
 def _files(value: Any, path: Path, problems: list[Problem]) -> Any:

@@ -9,12 +9,16 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import UInt8
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from jaxft.errors import UserError
 
 
 class RunLog(contextlib.AbstractContextManager):
@@ -26,8 +30,16 @@ class RunLog(contextlib.AbstractContextManager):
     `message` goes. It may be called from several threads.
     """
 
-    def __init__(self, folder: Path, total_steps: int, start_step: int = 0):
+    def __init__(
+        self, folder: Path, total_steps: int, start_step: int = 0, *, wandb: str | None = None
+    ):
+        """`wandb`: the project in which Weights & Biases gets the numbers too.
+
+        Raises:
+            UserError: it is asked for and not installed.
+        """
         folder.mkdir(parents=True, exist_ok=True)
+        self._far = _weights_and_biases(wandb, folder) if wandb else None
         metrics = folder / "metrics.jsonl"
         resumed = metrics.exists()
         if resumed:
@@ -48,6 +60,7 @@ class RunLog(contextlib.AbstractContextManager):
         self._total = total_steps
         self._step = self._recorded = start_step
         self._since = time.monotonic()
+        self._waited = 0.0
         self._smooth: float | None = None
         self._writing = threading.RLock()
         self._handler = _Forward(self)
@@ -57,6 +70,13 @@ class RunLog(contextlib.AbstractContextManager):
         """Starts the clock of all rates: what comes before (caching, compiling) is not in them."""
         self._since = time.monotonic()
         self._bar.start_t = self._bar.last_print_t = time.time()  # reset() would show step 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts what is done meanwhile as time lost to input."""
+        began = time.monotonic()
+        yield
+        self._waited += time.monotonic() - began
 
     def advance(self, step: int) -> None:
         """Moves the bar to `step`; needs no number from the device."""
@@ -73,17 +93,20 @@ class RunLog(contextlib.AbstractContextManager):
         lr: Mapping[str, float],
         grad_norm: float,
         images: int,
+        memory: float | None = None,
     ) -> None:
         """Logs one step.
 
         `total` is the weighted sum that is minimised, `loss` each dataset's own mean, `lr` each
         group's rate; `images` counts those trained on since the record before, from which, with
-        the time since then, comes the rate. The numbers may be of a step before the bar's.
+        the time since then, comes the rate; `memory` is the most that a device has held, in GiB.
+        The numbers may be of a step before the bar's.
         """
         assert step > self._recorded, f"step {step} is already recorded"
         now = time.monotonic()
-        rate = images / max(now - self._since, 1e-9)
-        self._since, self._recorded = now, step
+        passed = max(now - self._since, 1e-9)
+        rate, lost = images / passed, min(self._waited / passed, 1.0)
+        self._since, self._recorded, self._waited = now, step, 0.0
         numbers = {
             "step": step,
             "epoch": epoch,
@@ -92,10 +115,13 @@ class RunLog(contextlib.AbstractContextManager):
             "lr": dict(lr),
             "grad_norm": grad_norm,
             "images_per_s": rate,
+            "input_share": lost,
+            **({} if memory is None else {"memory_gib": memory}),
             "time": _now(),
         }
         self._metrics.write(json.dumps(_finite(numbers)) + "\n")
         self._scalars(step, numbers)
+        self._send(step, numbers)
         line = f"step {step}/{self._total} {_line(numbers)}"
         with self._writing:
             self._text.write(f"{numbers['time']} {line}\n")
@@ -104,6 +130,46 @@ class RunLog(contextlib.AbstractContextManager):
         previous = total if self._smooth is None else self._smooth
         self._smooth = 0.9 * previous + 0.1 * total if math.isfinite(total) else previous
         self._bar.set_postfix_str(f"loss {self._smooth:.4f}, {rate:.2f} images/s", refresh=False)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Takes what is done meanwhile out of the rate."""
+        began = time.monotonic()
+        yield
+        self._since += time.monotonic() - began
+
+    def judge(
+        self,
+        step: int,
+        losses: Mapping[str, Mapping[str, Sequence[float]]],
+        timesteps: Sequence[int],
+    ) -> None:
+        """Logs the losses of validation: data set -> weights (`trained`, `average`) -> the loss at
+        each timestep; all are also told as one number, their mean."""
+        means = {
+            name: {which: sum(curve) / len(curve) for which, curve in own.items()}
+            for name, own in losses.items()
+        }
+        numbers = {
+            "step": step,
+            "validation": means,
+            "timesteps": list(timesteps),
+            "curves": {name: dict(own) for name, own in losses.items()},
+            "time": _now(),
+        }
+        self._metrics.write(json.dumps(_finite(numbers)) + "\n")
+        self._send(step, {"validation": means})
+        for name, own in means.items():
+            for which, value in own.items():
+                self._board.add_scalar(f"validation/{name}/{which}", value, step)
+            told = ", ".join(f"{which} {value:.5f}" for which, value in own.items())
+            self.message(f"step {step}/{self._total} validation {name}: {told}")
+
+    def picture(self, step: int, name: str, pixels: UInt8[np.ndarray, "h w 3"]) -> None:
+        """Shows a picture in TensorBoard."""
+        self._board.add_image(name, pixels, step, dataformats="HWC")
+        if self._far:
+            self._far.log({"step": step, name: self._far.image(pixels)})
 
     def message(self, text: str) -> None:
         """Prints `text` above the bar and writes it, with the time, into train.log."""
@@ -115,6 +181,8 @@ class RunLog(contextlib.AbstractContextManager):
     def __exit__(self, *exception: object) -> None:
         logging.getLogger("jaxft").removeHandler(self._handler)
         self._bar.close()
+        if self._far:
+            self._far.finish()
         self._board.close()
         self._metrics.close()
         self._text.close()
@@ -126,6 +194,48 @@ class RunLog(contextlib.AbstractContextManager):
         self._board.add_scalar("total_loss", numbers["total"], step)
         self._board.add_scalar("grad_norm", numbers["grad_norm"], step)
         self._board.add_scalar("images_per_second", numbers["images_per_s"], step)
+        self._board.add_scalar("input_share", numbers["input_share"], step)
+        if "memory_gib" in numbers:
+            self._board.add_scalar("memory_gib", numbers["memory_gib"], step)
+
+    def _send(self, step: int, numbers: Mapping[str, Any]) -> None:
+        if self._far:
+            self._far.log({"step": step, **dict(_flat(numbers))})
+
+
+class _Far:
+    """A run of Weights & Biases; its own step is how often it was told something."""
+
+    def __init__(self, library: Any, project: str, folder: Path):
+        self.image = library.Image
+        self._run = library.init(project=project, name=folder.name, dir=str(folder))
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, numbers: Mapping[str, Any]) -> None:
+        self._run.log(dict(numbers))
+
+    def finish(self) -> None:
+        self._run.finish()
+
+
+def _weights_and_biases(project: str, folder: Path) -> _Far:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError(
+            "logger.wandb: Weights & Biases is not installed: pip install 'jaxft[wandb]', or set "
+            "it to null"
+        ) from None
+    return _Far(wandb, project, folder)
+
+
+def _flat(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a tree by their paths, `loss/dataset1`."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{path}{key}/")
+        elif isinstance(value, int | float):
+            yield f"{path}{key}", value
 
 
 class _Forward(logging.Handler):
@@ -149,6 +259,8 @@ def _line(numbers: Mapping[str, Any]) -> str:
     return (
         f"epoch {numbers['epoch']} loss {numbers['total']:.4f} ({losses}) lr ({rates}) "
         f"grad_norm {numbers['grad_norm']:.3g} {numbers['images_per_s']:.2f} images/s"
+        + (f" input {numbers['input_share']:.0%}" if numbers["input_share"] > 0.1 else "")
+        + (f" memory {numbers['memory_gib']:.2f} GiB" if "memory_gib" in numbers else "")
     )
 
 

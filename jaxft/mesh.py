@@ -101,6 +101,14 @@ def fetch(tree: Any) -> Any:
     return jax.tree.map(whole, tree)
 
 
+def most_held(mesh: Mesh) -> float | None:
+    """The most that one of this process' devices has held so far, in GiB; None where that is not
+    known, as on a CPU."""
+    told = [device.memory_stats() or {} for device in mesh.local_devices]
+    peaks = [own["peak_bytes_in_use"] for own in told if "peak_bytes_in_use" in own]
+    return max(peaks) / 2**30 if peaks else None
+
+
 def local(mesh: Mesh) -> Mesh:
     """The mesh; of several processes, one of this process' devices alone."""
     return mesh if jax.process_count() == 1 else make(devices=mesh.local_devices)

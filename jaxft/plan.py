@@ -21,6 +21,7 @@ from jaxft import (
     loss_options,
     optimization,
     params,
+    previews,
     report,
     selection,
     warm_start,
@@ -35,11 +36,13 @@ from jaxft.diffusion import guidance, schedule
 from jaxft.diffusion.losses import Loss
 from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder, single_file
+from jaxft.previews import Preview
 from jaxft.selection import Selection
 from jaxft.tuning import adapters as loras
 from jaxft.tuning import schedules
 from jaxft.tuning.ema import Average
 from jaxft.tuning.groups import Group
+from jaxft.warm_start import Begun
 from jaxft.words import Words
 
 COMPUTE = {"bf16": "bfloat16", "no": "float32"}
@@ -62,6 +65,10 @@ class Plan(NamedTuple):
     average: Average | None
     """How a moving average of what is trained is kept."""
     datasets: list[Dataset]
+    held_out: list[Dataset]
+    """What is seen in validation alone."""
+    preview: Preview | None
+    """What is painted while training."""
     total_steps: int
     notices: list[str]
     """What the user should know, a line each."""
@@ -89,14 +96,9 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
     """
     mesh = meshes.make(**config.mesh)
     _check_counts(config)
-    options = config.model
-    model, opened = single_file.open_model(
-        options.pretrained_model_name_or_path, revision=options.revision, variant=options.variant
-    )
-    diffusers_folder.check_text_to_image(model)
-    noising = schedule.from_config(model.scheduler, str(model.folder / "scheduler_config.json"))
-    begun = warm_start.read(config.train.warm_start, model)
+    begun, opened = _begin(config)
     model = begun.model
+    noising = schedule.from_config(model.scheduler, str(model.folder / "scheduler_config.json"))
     images = _images_per_update(config, mesh.size)
     train, factors = config.train, {True: images, False: 1}
     vocabulary = words.read(
@@ -106,16 +108,16 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
         seed=config.seed,
         begun=begun.words,
     )
-    warm_start.check_words(begun, vocabulary.groups)
     selected = selection.select(config, model, factors[train.scale_lr], vocabulary.groups)
     selected = warm_start.select(selected, begun)
-    sets, told = datasets.read(config, model, vocabulary, mesh.size)
+    sets, held_out, told = datasets.read(config, model, vocabulary, mesh.size)
     words.check_said(vocabulary, sets)
     judged = loss_options.from_config(train, noising)
-    datasets.check_loss(judged, sets)
+    datasets.check_loss(judged, [*sets, *held_out])
     datasets.check_latent_caches(config, sets)
-    datasets.check_text_caches(config, selected.labels, sets)
+    datasets.check_text_caches(config, selected.labels, [*sets, *held_out])
     total_steps = _total_steps(train, sets[0].num_batches)
+    preview = previews.read(config, model, vocabulary)
     steered = optimization.from_config(config, selected, model, total_steps)
     return Plan(
         config,
@@ -129,6 +131,8 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
         steered.optimizer,
         averaging.from_config(config, total_steps),
         sets,
+        held_out,
+        preview,
         total_steps,
         [
             *notices,
@@ -141,6 +145,16 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
             *told,
         ],
     )
+
+
+def _begin(config: Config) -> tuple[Begun, list[str]]:
+    """The model and what is put into it before step 1, and what was found out of the model."""
+    options = config.model
+    model, opened = single_file.open_model(
+        options.pretrained_model_name_or_path, revision=options.revision, variant=options.variant
+    )
+    diffusers_folder.check_text_to_image(model)
+    return warm_start.read(config.train.warm_start, model), opened
 
 
 def _not_written(config: Config, selected: Selection) -> list[str]:
@@ -175,7 +189,7 @@ def _total_steps(train: Config, num_batches: int) -> int:
 
 def _images_per_update(config: Config, num_devices: int) -> int:
     """By which `scale_lr` and `scale_lr_pt` multiply rates."""
-    images = sum(options.batch_size for options in config.data.values())
+    images = sum(data.batch_size for data in config.data.values() if data.held_out < 1)
     return images * num_devices * config.train.gradient_accumulation_steps
 
 
@@ -193,6 +207,7 @@ def describe(plan: Plan) -> str:
         ("devices", [f"{devices} ({layout}), computing in {COMPUTE[config.mixed_precision]}"]),
         ("train", [_group_line(plan, group) for group in plan.selection.groups]),
         ("data", [line for dataset in plan.datasets for line in _dataset_lines(dataset)]),
+        ("held out", _validation_lines(plan)),
         (
             "steps",
             [
@@ -203,6 +218,7 @@ def describe(plan: Plan) -> str:
         ),
         ("optimizer", optimization.told(train, plan.selection.groups)),
         ("loss", _loss_lines(config.train)),
+        ("preview", previews.told(plan.preview)),
         ("average", averaging.told(plan.average)),
         ("notice", plan.notices),
     ]
@@ -211,6 +227,17 @@ def describe(plan: Plan) -> str:
         for title, lines in blocks
         for i, line in enumerate(lines)
     )
+
+
+def _validation_lines(plan: Plan) -> list[str]:
+    """What is held out, and when and how it is judged."""
+    options, count = plan.config.train.validation, len(plan.noising.alphas_cumprod)
+    return [
+        f"{dataset.name}: {len(dataset.records)} images; their loss is computed before step 1, "
+        f"every {options.every} updates and at the end, at {min(options.timesteps, count)} "
+        f"timesteps"
+        for dataset in plan.held_out
+    ]
 
 
 def _loss_lines(train: Config) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxft import low_rank, selection, words
+from jaxft import mesh as meshes
 from jaxft.compiled import Metrics
 from jaxft.data.records import Record
 from jaxft.errors import UserError
@@ -78,6 +79,7 @@ class Numbers:
             lr={name: float(rate(step - 1)) for name, rate in plan.rates.items()},
             grad_norm=grad_norm,
             images=(step - self._logged) * plan.images_per_step,
+            memory=meshes.most_held(plan.mesh),
         )
         self._logged = step
 

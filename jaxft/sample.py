@@ -5,7 +5,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,24 +15,13 @@ from jaxft import __version__, compat, compile_cache, gallery, merging, params
 from jaxft import config as configuration
 from jaxft.cli import run
 from jaxft.config import Config
-from jaxft.data.prompt_weights import WeightedText, WeightedTokenizer, parse
-from jaxft.diffusion import conditioning, generate, scheduler_config
-from jaxft.diffusion.generate import Networks, Prompts
-from jaxft.diffusion.samplers import Table
+from jaxft.data.prompt_weights import WeightedTokenizer
+from jaxft.diffusion import conditioning, scheduler_config
 from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder, embeddings, single_file
 from jaxft.formats.diffusers_folder import Model
 from jaxft.merging import MERGED, Addition
-from jaxft.models import vae
-from jaxft.shapes import Latents
-
-
-class Request(NamedTuple):
-    """One image to make."""
-
-    prompt: str
-    negative_prompt: str
-    seed: int
+from jaxft.sampling import Request, generate_images, make_table, prepare
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,8 +82,9 @@ def sample(config: Config) -> None:
     print(f"wrote {len(requests)} images to {out_dir}")
 
 
-def make_requests(config: Config) -> list[Request]:
-    """What to make, image by image; draws and prints seeds where none are given.
+def make_requests(config: Config, seed: Any = None) -> list[Request]:
+    """What to make, image by image; seeds are `seed`, else the configuration's, else drawn and
+    printed.
 
     Raises:
         UserError: a list of another length than num × bs, or a seed out of range.
@@ -103,7 +93,7 @@ def make_requests(config: Config) -> list[Request]:
         if config[key] < 1:
             raise UserError(f"{key} must be at least 1, not {config[key]}")
     count = config.num * config.bs
-    seed = config.seed
+    seed = config.seed if seed is None else seed
     if seed is None:
         seed = random.SystemRandom().randrange(2**30)
         print(f"seed={seed}")
@@ -132,16 +122,19 @@ def paint(
     Raises:
         UserError: a prompt, the sampler, the size or a tokenizer is not usable.
     """
-    texts = [(parse(r.prompt), parse(r.negative_prompt)) for r in requests]
-    steps = config.infer_args.num_inference_steps
-    table = make_table(model, steps, config.new_components.scheduler)
-    noise = make_noise(config, model, [request.seed for request in requests])
     tokenizers = make_tokenizers(model)
     if config.emb_dir:
         model = add_words(model, tokenizers, Path(config.emb_dir))
-    _warn_of_cut(tokenizers[0], texts, config.N_repeats)
-    batches = make_batches(texts, noise, config, tokenizers)
-    images = generate_images(model, table, batches, config)
+    work = prepare(requests, model, config, tokenizers)
+    held = {name: part.params for name, part in model.parts.items()}
+    if not config.amp:
+        dtype, encoders = params.DTYPES[config.dtype], model.family.text_encoders
+        held |= {name: params.cast(held[name], dtype) for name in ("unet", *encoders)}
+    networks = {
+        name: params.abstract(lambda n=network, c=model.parts[name].config: n(c))[0]
+        for name, network in model.family.networks.items()
+    }
+    images = generate_images(work, model, networks, jax.device_put(held), config)
     # The first image waits for the compiler: the bar stands at 0 meanwhile.
     return iter(tqdm(images, total=len(requests), unit="image", desc="sampling"))
 
@@ -207,38 +200,6 @@ def replace_components(model: Model, new: Config) -> Model:
     return model
 
 
-def make_table(model: Model, steps: int, replaced: Any) -> Table:
-    """The sampler's table; a user's options are checked more strictly than a file's."""
-    where = "new_components.scheduler" if replaced else str(model.folder / "scheduler")
-    return scheduler_config.table(model.scheduler, steps, where=where, strict=bool(replaced))
-
-
-def make_noise(config: Config, model: Model, seeds: Sequence[int]) -> Latents:
-    """Initial noise of unit variance for every image, [n, h, w, 4].
-
-    Raises:
-        UserError: a size that the VAE cannot make, or a file of latents that does not fit.
-    """
-    scale = vae.downsampling(model.parts["vae"].config)
-    width, height = config.infer_args.width, config.infer_args.height
-    for key, size in (("width", width), ("height", height)):
-        if size < scale or size % scale:
-            raise UserError(f"infer_args.{key} must be a multiple of {scale}, not {size}")
-    channels = model.parts["unet"].config.get("in_channels", 4)
-    diffusers_folder.check_text_to_image(model)
-    if not config.infer_args.latents:
-        return generate.initial_noise(seeds, height // scale, width // scale, channels)
-    path, shape = config.infer_args.latents, (len(seeds), channels, height // scale, width // scale)
-    try:
-        noise = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"infer_args.latents: {path} is no readable .npy file: {error}") from None
-    if not isinstance(noise, np.ndarray) or noise.shape != shape:
-        found = getattr(noise, "shape", "several arrays")
-        raise UserError(f"infer_args.latents: {path} is {found}, needed is {shape}")
-    return jax.numpy.asarray(np.moveaxis(noise, 1, -1), jax.numpy.float32)
-
-
 def make_tokenizers(model: Model) -> list[WeightedTokenizer]:
     """The tokenizers of the model's text encoders.
 
@@ -276,71 +237,6 @@ def add_words(model: Model, tokenizers: Sequence[WeightedTokenizer], folder: Pat
         model = model.replace(**{part: component._replace(params=weights)})
     print(f"words of {folder}: {', '.join(counts)}")
     return model
-
-
-def _warn_of_cut(
-    tokenizer: WeightedTokenizer, texts: Sequence[tuple[WeightedText, WeightedText]], repeats: int
-) -> None:
-    for text in dict.fromkeys(side.text for pair in texts for side in pair):
-        if not tokenizer.fits(text, repeats):
-            print(f"cut after {75 * repeats} tokens (raise N_repeats to keep all): {text!r}")
-
-
-def make_batches(
-    texts: Sequence[tuple[WeightedText, WeightedText]],
-    noise: Latents,
-    config: Config,
-    tokenizers: Sequence[WeightedTokenizer],
-) -> Iterator[tuple[Prompts, Prompts, Latents]]:
-    """Arguments of the program, `bs` images at a time: prompts, negative prompts, noise."""
-    is_weighted = any(weight != 1 for pair in texts for side in pair for weight in side.weights)
-
-    def encode(side: Sequence[WeightedText]) -> Prompts:
-        def rows(tokenizer: WeightedTokenizer) -> list[np.ndarray]:
-            pairs = (tokenizer.encode_weighted(text, config.N_repeats) for text in side)
-            return [np.stack(column) for column in zip(*pairs, strict=True)]
-
-        input_ids, weights = zip(*map(rows, tokenizers), strict=True)
-        # The weights are of the words: for every tokenizer the same.
-        return Prompts(tuple(input_ids), weights[0] if is_weighted else None)
-
-    for start in range(0, len(texts), config.bs):
-        part = slice(start, start + config.bs)
-        positive, negative = zip(*texts[part], strict=True)
-        yield encode(positive), encode(negative), noise[part]
-
-
-def generate_images(
-    model: Model,
-    table: Table,
-    batches: Iterator[tuple[Prompts, Prompts, Latents]],
-    config: Config,
-) -> Iterator[tuple[np.ndarray, bool]]:
-    """Each image [h, w, 3] uint8, and whether all of its numbers were finite."""
-    dtype, parts, family = params.DTYPES[config.dtype], model.parts, model.family
-    graphdefs = {
-        name: params.abstract(lambda n=network, c=parts[name].config: n(c))[0]
-        for name, network in family.networks.items()
-    }
-    encoders = family.text_encoders
-    clip_skip, final_norm = family.text_layer(config.clip_skip, config.clip_final_norm)
-    program = generate.program(
-        Networks(graphdefs["unet"], graphdefs["vae"], tuple(graphdefs[name] for name in encoders)),
-        scaling_factor=parts["vae"].config.get("scaling_factor", 0.18215),
-        clip_skip=clip_skip,
-        final_norm=final_norm,
-        dtype=dtype,
-    )
-    held = {name: part.params for name, part in parts.items()}
-    if not config.amp:
-        held |= {name: params.cast(held[name], dtype) for name in ("unet", *encoders)}
-    texts = tuple(held[name] for name in encoders)
-    weights = jax.device_put(Networks(held["unet"], held["vae"], texts))
-    scale = float(config.infer_args.guidance_scale)
-    for positive, negative, noise in batches:
-        prompts = generate.guided_by(scale, negative, positive)
-        pixels, finite = program(weights, prompts, scale, noise, table)
-        yield from zip(np.asarray(pixels), np.asarray(finite).tolist(), strict=True)
 
 
 def write(

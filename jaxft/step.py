@@ -106,19 +106,40 @@ def loss(
     objective: Objective, trainable: Weights, frozen: Weights, batch: dict[str, Array], key: Array
 ) -> Float[Array, ""]:
     """Mean error of the UNet's prediction, squared by default; Ho et al. 2020, eq. 14; float32."""
-    nets, noising, how = objective.networks, objective.schedule, objective.loss
+    moments = moments_of(objective, frozen, batch)
+    num_timesteps = len(objective.schedule.alphas_cumprod)
+    draws = draw(key, latent_shape(moments), num_timesteps, objective.loss)
+    return error(objective, trainable, frozen, batch | {"moments": moments}, draws)
+
+
+def moments_of(objective: Objective, frozen: Weights, batch: dict[str, Array]) -> Array:
+    """VAE moments [b, h, w, 8] of a batch's images: encoded here, or before the first step."""
+    if "moments" in batch:
+        return batch["moments"]
+    return encode_pixels(objective.networks["vae"], frozen["vae"], batch["pixel_values"])
+
+
+def latent_shape(moments: Array) -> tuple[int, ...]:
+    """[b, h, w, c] of the latents that moments describe."""
+    return (*moments.shape[:3], moments.shape[3] // 2)
+
+
+def error(
+    objective: Objective,
+    trainable: Weights,
+    frozen: Weights,
+    batch: dict[str, Array],
+    draws: Draws,
+) -> Float[Array, ""]:
+    """`loss`, of a batch with moments, at the noise and the timesteps that were drawn."""
+    nets, noising = objective.networks, objective.schedule
     parts = (*nets, "words")
     weights = {
         name: frozen.get(name, {}) | trainable.get(name, {}) | trainable.get(f"lora_{name}", {})
         for name in parts
     }
     before = {name: frozen.get(name, {}) | frozen.get(f"teacher_{name}", {}) for name in parts}
-    moments = batch.get("moments")
-    if moments is None:
-        moments = encode_pixels(nets["vae"], weights["vae"], batch["pixel_values"])
-    shape = (*moments.shape[:3], moments.shape[3] // 2)
-    draws = draw(key, shape, len(noising.alphas_cumprod), how)
-    latents = vae.sample_latents(moments, draws.latent_noise) * objective.scaling_factor
+    latents = vae.sample_latents(batch["moments"], draws.latent_noise) * objective.scaling_factor
     noisy = schedule.add_noise(noising, latents, draws.added_noise, draws.timesteps)
     for number, (name, keys) in enumerate(objective.dropouts.items()):
         drawn = jax.random.split(jax.random.fold_in(draws.dropout_key, number), len(keys))

@@ -27,10 +27,12 @@ from jaxft.errors import UserError
 from jaxft.gallery import write_text
 from jaxft.lock import lock
 from jaxft.log import RunLog
+from jaxft.painter import Painter
 from jaxft.plan import Plan
 from jaxft.records import Numbers, Parts, export, lasting, parts_of, words_of
 from jaxft.signals import Stop
 from jaxft.step import TrainState, result
+from jaxft.validation import Validation
 
 UNSAVED = {
     ".lock",
@@ -40,6 +42,9 @@ UNSAVED = {
     "train.log",
     "metrics.jsonl",
     "tblog",
+    "preview",
+    "validation",
+    "wandb",
     "state",
 }
 """What a run leaves behind that ended before its first checkpoint."""
@@ -78,7 +83,7 @@ def _train(config: Config, notices: Sequence[str]) -> int:
         start = _latest(checkpoints, folder) if resumes else 0
         if hosts.is_first():
             _write_records(folder, plan, start)
-        with _log(folder, plan.total_steps, start) as log:
+        with _log(plan, folder, start) as log:
             log.message(plans.describe(plan))
             plan = caches.fill(plan, say=log.message, stopped=lambda: stop.requested)
             run = assembly.assemble(plan)
@@ -135,10 +140,11 @@ def _recipe(config: Config) -> dict[str, Any]:
     return recipe
 
 
-def _log(folder: Path, total_steps: int, start: int) -> RunLog:
+def _log(plan: Plan, folder: Path, start: int) -> RunLog:
     """The log of a run, for the first process; others say nothing."""
-    first = hosts.is_first()
-    return RunLog(folder, total_steps, start) if first else cast(RunLog, hosts.Mute())
+    if not hosts.is_first():
+        return cast(RunLog, hosts.Mute())
+    return RunLog(folder, plan.total_steps, start, wandb=plan.config.logger.wandb)
 
 
 def _parts(plan: Plan, folder: Path) -> Parts:
@@ -225,6 +231,9 @@ def _loop(
     plan, every = run.plan, run.plan.config.train.save_step
     numbers, data = Numbers(plan, log, start), _fingerprint(plan)
     asked, largest = 0, hosts.Largest(plan.mesh)
+    watchers = [Validation(run, folder, log), Painter(run, folder, log)]
+    if not start:
+        _watch(watchers, 0, state)
     log.start()
     with (
         closing(checkpoints),
@@ -233,13 +242,19 @@ def _loop(
         hosts.guarded(log.message if hosts.is_first() else None),
     ):
         for step in range(start + 1, plan.total_steps + 1):
-            state, metrics = run.programs.step(state, run.frozen, run.key, next(feed))
+            with log.waiting():
+                batches = next(feed)
+            state, metrics = run.programs.step(state, run.frozen, run.key, batches)
             if plan.average and step % plan.average.every == 0:
                 state = run.programs.average(state, plan.average.share(step))
             numbers.add(step, metrics)
             log.advance(step)
             asked = largest(stop.requested or 0)
             last = step == plan.total_steps or asked
+            if any(watcher.is_due(step) for watcher in watchers) and not asked:
+                numbers.flush()
+                with log.paused():
+                    _watch(watchers, step, state)
             if last or step % every == 0:
                 numbers.flush()
                 checkpoints.save(step, state, {"data": data})
@@ -255,6 +270,13 @@ def _loop(
         for path in export(plan, trained, average, folder):
             log.message(f"wrote     {path}")
     return 0
+
+
+def _watch(watchers: Sequence[Validation | Painter], step: int, state: TrainState) -> None:
+    """Has the weights after a step judged and painted; nothing else of the run changes."""
+    for watcher in watchers:
+        if watcher.is_due(step):
+            watcher(step, state)
 
 
 def _feed(plan: Plan, start: int) -> Generator[list[list[Any]], None, None]:

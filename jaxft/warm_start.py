@@ -83,8 +83,15 @@ def select(selection: Selection, begun: Begun) -> Selection:
     """The selection whose LoRAs begin with the factors of the files.
 
     Raises:
-        UserError: lists the layers whose LoRAs are not those of the configuration.
+        UserError: lists the layers whose LoRAs are not those of the configuration; or there are
+            rows of a word that is not trained.
     """
+    for word in begun.words:
+        if word not in selection.labels.get("words", {}):
+            raise UserError(
+                f"{KEY}.words.{word}: no word {word!r} is trained (tokenizer_pt.train); words that "
+                "prompts only say lie in tokenizer_pt.emb_dir"
+            )
     if not begun.loras:
         return selection
     factors: dict[str, dict[str, np.ndarray]] = {}
@@ -149,13 +156,3 @@ def _factors(
         for factor, value in (("down", down), ("up", up)):
             made[f"{name}.{number}.{factor}"] = value.reshape(adapter.shapes[factor])
     return made
-
-
-def check_words(begun: Begun, trained: Mapping[str, object]) -> None:
-    """Raises UserError for the rows of a word that is not trained."""
-    for word in begun.words:
-        if word not in trained:
-            raise UserError(
-                f"{KEY}.words.{word}: no word {word!r} is trained (tokenizer_pt.train); words that "
-                "prompts only say lie in tokenizer_pt.emb_dir"
-            )

@@ -5,11 +5,14 @@
 Images: photographs of scikit-image and scikit-learn, written again in several sizes, are decoded,
 resized and cropped on all cores by jaxft (with its checks: SHA-256, orientation, transparency) and
 by bare Pillow; the two take turns. Latents: the loader's batches of latents of 512x512 images for
-Stable Diffusion 1, from a cache on disk and from one in memory. Prints two tables.
+Stable Diffusion 1, from a cache on disk and from one in memory. Building: that cache of the
+images, decoded, encoded by a VAE of middling width and written, beside the VAE alone on as many
+that are in memory. Prints three tables.
 """
 
 import argparse
 import io
+import itertools
 import os
 import resource
 import tempfile
@@ -19,16 +22,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import random_model
 import skimage
 import sklearn.datasets
 from PIL import Image
 
+from jaxft import params
+from jaxft import step as steps
 from jaxft.data import buckets, latents, loader, prompts, source
 from jaxft.data.batches import BatchPlan
 from jaxft.data.disk import Disk
 from jaxft.data.tokens import Tokenizer
+from jaxft.models.vae import AutoencoderKL
 
 SOURCES = (
     Path(skimage.__file__).parent / "data" / "astronaut.png",
@@ -96,6 +103,35 @@ def bench_images(folder: Path, count: int, rounds: int) -> None:
     print(f"  jaxft / Pillow: {times['Pillow'] / times['jaxft']:.2f}")
 
 
+def bench_building(folder: Path, photos: Path, rounds: int) -> None:
+    """Prints images a second that are cached, and that the VAE encodes."""
+    widths = {"block_out_channels": [32, 64, 64, 64], "norm_num_groups": 16}
+    config = random_model.VAE | widths
+    graphdef, shapes = params.abstract(lambda: AutoencoderKL(config))
+    weights = jax.device_put(random_model.random_params(shapes, np.random.default_rng(0)))
+    compute = jax.jit(lambda w, pixels: steps.encode_pixels(graphdef, w, pixels))
+
+    def encode(pixels: np.ndarray) -> np.ndarray:
+        return np.asarray(compute(weights, pixels))
+
+    records = source.index(photos).records
+    pixels = np.zeros((1, *SIZE, 3), np.uint8)
+    encode(pixels)
+    stores = itertools.count()
+
+    def build() -> None:
+        store = Disk(folder / f"built{next(stores)}", {})
+        wanted = ((record, SIZE) for record in records)
+        latents.cache(wanted, encode, batch_size=1, store=store)
+
+    jobs = {"VAE alone": lambda: [encode(pixels) for _ in records], "cached": build}
+    times = in_turn(jobs, rounds)
+    print(f"\ncache of {len(records)} images of 512x512, VAE of widths 32, 64, 64, 64")
+    for name, seconds in times.items():
+        print(f"  {name:10}{len(records) / seconds:8.2f} images/s")
+    print(f"  cached / VAE alone, times: {times['cached'] / times['VAE alone']:.2f}")
+
+
 def bench_latents(folder: Path, count: int, seconds: float) -> None:
     """Prints latents a second that the loader gives from disk and from memory."""
     random_model.write_tokenizer(folder / "tokenizer")
@@ -154,6 +190,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         bench_images(Path(name) / "images", args.images, args.rounds)
+        bench_building(Path(name), Path(name) / "images", args.rounds)
         bench_latents(Path(name), args.latents, args.seconds)
 
 

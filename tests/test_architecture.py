@@ -11,17 +11,19 @@ from tests.conftest import ROOT
 LAYERS = (
     {"errors", "shapes"},
     {"builtin", "hosts", "tensor_file"},
-    {"arithmetic", "checkpoint", "cli", "compile_cache", "gallery", "lock", "log", "mesh"}
+    {"arithmetic", "charts", "checkpoint", "cli", "compile_cache", "gallery", "lock", "log", "mesh"}
     | {"params", "patterns", "schema", "signals", "data", "models"},
     {"lycoris", "origins", "report"},
     {"low_rank"},
     {"diffusion", "foreign", "formats", "tuning"},
     {"compat", "config", "merging", "selection", "step"},
-    {"averaging", "loss_options", "warm_start", "words"},
-    {"datasets", "optimization"},
+    {"averaging", "loss_options", "sampling", "warm_start", "words"},
+    {"datasets", "optimization", "sample"},
+    {"previews"},
     {"compiled", "explain", "inspection", "pickled", "plan", "start", "verify"},
     {"assembly", "caches", "records"},
-    {"convert", "sample", "train"},
+    {"painter", "validation"},
+    {"convert", "train"},
 )
 """Modules and packages, from the bottom: imports point down, or stay within a package."""
 
@@ -37,6 +39,7 @@ OWNERS = {
     "sklearn": {"data.buckets"},
     "tensorboardX": {"log"},
     "transformers": {"data.tokens"},
+    "wandb": {"log"},
     "yaml": {"config", "data.caption_tables", "origins"},
 }
 """Library -> the modules that may import it."""

@@ -243,7 +243,7 @@ def test_a_faulty_interpolation_is_named(write, value, says):
         ("plugin_unet: {c: {_target_: x}}", "plugin_unet: not supported: "),
         ("model: {ema: {decay_max: 0.9}}", "model.ema: must be a mapping with `_target_` or null"),
         ("model: {ema_unet: 0.9, ema_text_encoder: 0.8}", "model.ema_text_encoder: model.ema, of "),
-        ("previewer: {_target_: x}", "previewer: not supported: "),
+        ("previewer: {_target_: x}", "previewer._target_: not supported: "),
         (
             "train: {loss: {criterion: 3}}",
             "train.loss.criterion: must be a mapping with `_target_`",

@@ -43,6 +43,7 @@ NEEDED = {"train": "model.pretrained_model_name_or_path=m", "infer": "pretrained
     ("schema", "text", "key"),
     [
         ("train", "train: {resume: {start_step: 3}}", "train.resume.start_step"),
+        ("train", "logger: [{_target_: hcpdiff.loggers.WebUILogger}]", "logger.0"),
         (
             "train",
             "data: {d: {source: {s: {img_root: i, cond_root: c}}}}",
@@ -59,6 +60,17 @@ def test_keys_of_hcp_diffusion_are_refused_with_a_reason(tmp_path, schema, text,
         config.load(str(own), [NEEDED[schema]], schema)
     (line,) = str(error.value).splitlines()
     assert line.startswith(f"{own}: {key}: not supported: ")
+
+
+def test_a_list_of_loggers_says_whether_weights_and_biases_is_one(tmp_path):
+    own = tmp_path / "own.yaml"
+    lines = "{_target_: hcpdiff.loggers.CLILogger, out_path: train.log, log_step: 20}"
+    far = "{_target_: hcpdiff.loggers.WanDBLogger, _partial_: true, log_step: 5}"
+    for loggers, project in ((lines, None), (f"{lines}, {far}", "hcp-diffusion")):
+        own.write_text(f"logger: [{loggers}]")
+        loaded, (notice,) = config.load(str(own), [NEEDED["train"]])
+        assert loaded.logger.wandb == project
+        assert "always written, each train.log_step updates" in notice
 
 
 def test_the_dataset_of_xl_and_an_empty_resume_mean_what_happens_anyway(tmp_path):

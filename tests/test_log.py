@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -69,6 +71,44 @@ def test_every_number_is_in_all_three_files(tmp_path: Path, capsys: pytest.Captu
     printed = capsys.readouterr()
     assert "step 1/10" in printed.out  # no terminal here: lines, no bar
     assert not printed.err
+
+
+def test_time_lost_to_input_is_a_share_and_pauses_are_in_no_rate(tmp_path: Path):
+    with RunLog(tmp_path, total_steps=10) as log:
+        log.start()
+        with log.waiting():
+            time.sleep(0.2)
+        with log.paused():
+            time.sleep(0.4)
+        time.sleep(0.2)
+        record(log, 1)
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert 0.25 < json.loads(line)["input_share"] < 0.6
+    assert 8 / 0.6 < json.loads(line)["images_per_s"] < 8 / 0.39
+
+
+def test_weights_and_biases_gets_the_numbers_by_their_paths(tmp_path: Path, monkeypatch):
+    sent: list[dict[str, Any]] = []
+    run = types.SimpleNamespace(
+        define_metric=lambda *_, **__: None, log=sent.append, finish=lambda: sent.append({})
+    )
+    library = types.ModuleType("wandb")
+    library.init = lambda **options: sent.append(options) or run  # pyright: ignore
+    library.Image = lambda pixels: pixels.shape  # pyright: ignore
+    monkeypatch.setitem(sys.modules, "wandb", library)
+    with RunLog(tmp_path / "a-run", 10, wandb="p") as log:
+        record(log, 3)
+        log.judge(3, {"main": {"trained": [0.5, 1.5]}}, [10, 20])
+        log.picture(3, "preview/trained", np.zeros((4, 6, 3), np.uint8))
+    options, numbers, judged, picture, end = sent
+    assert options == {"project": "p", "name": "a-run", "dir": str(tmp_path / "a-run")}
+    wanted = {"step": 3, "loss/main": 0.5, "lr/unet.0": 1e-5, "grad_norm": 1.5}
+    assert numbers.items() >= wanted.items()
+    assert judged == {"step": 3, "validation/main/trained": 1.0}
+    assert (picture, end) == ({"step": 3, "preview/trained": (4, 6, 3)}, {})
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"pip install 'jaxft\[wandb\]'"):
+        RunLog(tmp_path / "b-run", 10, wandb="p")
 
 
 @settings(max_examples=20, deadline=None)

@@ -190,29 +190,30 @@ def _from_texts(
     the first dot; and the spare ones."""
     members = any(texts.values())
     key = shards.key if members else _stem
-    wanted = set(map(key, names))
-    chosen: dict[str, str] = {}
-    spare = []
+    rows = dict.fromkeys(map(key, names), -1)  # -1: no file yet
+    picked, spare = [], []
     for file in sorted(texts, key=_preference) if members else texts:
         stem = key(file)
-        if stem not in wanted:
+        row = rows.get(stem)
+        if row is None:
             spare.append(file)
-        elif stem not in chosen:
-            chosen[stem] = file
+        elif row < 0:
+            rows[stem] = len(picked)
+            picked.append(file)
         elif not members:
-            problems.append(f"{chosen[stem]} and {file} are captions of one image; keep one")
-    picked, found = list(chosen.values()), {}
+            problems.append(f"{picked[row]} and {file} are captions of one image; keep one")
     looked = Index(kept, folder, f"captions {RECIPE}").look(
         picked,
         lambda place: _stamp(folder, picked[place], texts[picked[place]]),
         lambda place: _text(folder, picked[place], texts[picked[place]]),
         title=f"reading captions of {folder}",
     )
-    for stem, fact in zip(chosen, looked, strict=True):
+    found: list[Lines] = []
+    for fact in looked:
         if isinstance(fact, UserError):
             problems.append(str(fact))
-        found[stem] = ("",) if isinstance(fact, UserError) else tuple(fact)
-    return [found.get(key(name)) for name in names], spare
+        found.append(("",) if isinstance(fact, UserError) else tuple(fact))
+    return [found[row] if (row := rows[key(name)]) >= 0 else None for name in names], spare
 
 
 def _stamp(folder: Path, file: str, span: Span | None) -> files.Stamp | None:

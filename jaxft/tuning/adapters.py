@@ -252,6 +252,14 @@ def dropout_keys(adapters: Adapters) -> list[str]:
     ]
 
 
+def at_rest(adapters: Adapters) -> Adapters:
+    """The same LoRAs, of which nothing is dropped."""
+    return {
+        module: [adapter._replace(dropout=0.0, rank_dropout=0.0) for adapter in own]
+        for module, own in adapters.items()
+    }
+
+
 def attach(network: Any, adapters: Adapters) -> Any:
     """The network (as built, without weights) with LoRAs beside its layers."""
     for module, own in adapters.items():
