@@ -227,8 +227,8 @@ def test_a_faulty_interpolation_is_named(write, value, says):
         ("train: {train_epochs: []}", "train.train_epochs: must be a whole number from 1 or null"),
         ("train: 3", "train: must be a mapping, not 3"),
         ("unet: {lr: 3}", "unet.lr: must be a mapping, not 3"),
-        ("unet: [{lr: 3}]", "unet.0.layers: must be given (a list of text)"),
-        ("unet: [{layers: [1]}]", "unet.0.layers: must be a list of text"),
+        ("unet: [{lr: 3}]", "unet.0.layers: must be given (text or a list of text)"),
+        ("unet: [{layers: [1]}]", "unet.0.layers: must be text or a list of text"),
         ("mixed_precision: fp8", "mixed_precision: must be bf16 or fp16 or no, not the text 'fp8'"),
         ("ckpt_type: torch", "ckpt_type: must be safetensors"),
         (
