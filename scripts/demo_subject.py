@@ -47,12 +47,11 @@ def paint(
 
 
 def random_picture(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, str]:
-    """A picture and its caption."""
-    x, y = world.on_grid(rng.uniform(0, 1, 2), np.array(size), np.array([WIDTH, 1.0]) * RADIUS + 2)
+    """A picture, with the subject in its middle, and its caption."""
     background = world.random_scene(rng, size, 1).background._replace(
         colour=BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
     )
-    return paint(size, x, y, RADIUS, background), caption(background, NAME)
+    return paint(size, size[0] / 2, size[1] / 2, RADIUS, background), caption(background, NAME)
 
 
 def caption(background: world.Background, name: str) -> str:
@@ -64,13 +63,18 @@ def caption(background: world.Background, name: str) -> str:
 
 
 def write(folder: Path, seed: int = 0) -> None:
-    """Writes the set: half of the pictures square, a quarter wide, a quarter upright."""
+    """Writes the set, no two alike: half of them square, a quarter wide, a quarter upright."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng((seed, NUM_PICTURES))
     square, wide, upright = world.SIZES
+    written = set()
     for number in range(NUM_PICTURES):
         size = (square, wide, square, upright)[number % 4]
-        picture, caption = random_picture(rng, size)
+        while True:
+            picture, caption = random_picture(rng, size)
+            if (size, caption) not in written:
+                break
+        written.add((size, caption))
         Image.fromarray(picture).save(folder / f"{number:02}.png", optimize=True)
         (folder / f"{number:02}.txt").write_text(f"{caption}\n")
 
