@@ -12,7 +12,7 @@ from jaxft.assembly import Run
 from jaxft.diffusion import conditioning
 from jaxft.formats import embeddings
 from jaxft.log import RunLog
-from jaxft.step import TrainState, Weights, result
+from jaxft.step import TrainState, Weights, result, weights_of
 
 WHICH = {"trained": ("trained",), "average": ("average",), "both": ("trained", "average")}
 ENDINGS = {"trained": "", "average": "-ema"}
@@ -64,13 +64,7 @@ class Painter:
                 networks[name] = params.abstract(lambda n=network, c=config: n(c))[0]
                 weights[name] = assembly.put(plan, dict(parts[name].params))
             else:
-                own = (frozen, trainable), (name, f"lora_{name}")
-                weights[name] = {
-                    key: value
-                    for of in own[0]
-                    for part in own[1]
-                    for key, value in of.get(part, {}).items()
-                }
+                weights[name] = weights_of(name, trainable, frozen)
         rows: dict[str, Any] = {**plan.words.frozen, **trainable.get(words.PART, {})}
         said = conditioning.stack(rows)
         if said is not None:

@@ -124,6 +124,11 @@ def latent_shape(moments: Array) -> tuple[int, ...]:
     return (*moments.shape[:3], moments.shape[3] // 2)
 
 
+def weights_of(name: str, trainable: Weights, frozen: Weights) -> Params:
+    """All that a network computes with: frozen and trained weights, factors of its LoRAs."""
+    return frozen.get(name, {}) | trainable.get(name, {}) | trainable.get(f"lora_{name}", {})
+
+
 def error(
     objective: Objective,
     trainable: Weights,
@@ -134,10 +139,7 @@ def error(
     """`loss`, of a batch with moments, at the noise and the timesteps that were drawn."""
     nets, noising = objective.networks, objective.schedule
     parts = (*nets, "words")
-    weights = {
-        name: frozen.get(name, {}) | trainable.get(name, {}) | trainable.get(f"lora_{name}", {})
-        for name in parts
-    }
+    weights = {name: weights_of(name, trainable, frozen) for name in parts}
     before = {name: frozen.get(name, {}) | frozen.get(f"teacher_{name}", {}) for name in parts}
     latents = vae.sample_latents(batch["moments"], draws.latent_noise) * objective.scaling_factor
     noisy = schedule.add_noise(noising, latents, draws.added_noise, draws.timesteps)

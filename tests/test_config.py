@@ -1,7 +1,5 @@
 """Configurations: what beats what, what is refused and how it says so, what a user's files give."""
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,20 +10,6 @@ from jaxft.errors import UserError
 SHIPPED = config.shipped_folder()
 REFERENCES = set(config.REFERENCES.values())
 MODEL = "model.pretrained_model_name_or_path=here"
-
-
-@pytest.fixture
-def write(tmp_path, monkeypatch):
-    """Writes a file below the working directory, which is a fresh folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def to(name: str, text: str) -> str:
-        path = Path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        return name
-
-    return to
 
 
 def load(path: str, *overrides: str, schema: str = "train") -> config.Config:
