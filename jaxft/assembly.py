@@ -1,13 +1,13 @@
 """A plan on the devices: networks, frozen weights, and the programs of a run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import memory, params, selection, words
+from jaxft import caches, memory, params, selection, words
 from jaxft import mesh as meshes
 from jaxft import plan as plans
 from jaxft.compiled import Programs
@@ -17,9 +17,6 @@ from jaxft.plan import Plan
 from jaxft.step import Objective, TrainState, Weights
 from jaxft.tuning import adapters
 from jaxft.tuning.adapters import Adapters
-
-REMAT = {True: "blocks", False: "none"}
-"""Policies that `model.gradient_checkpointing` may name by yes or no."""
 
 
 class Run(NamedTuple):
@@ -33,33 +30,59 @@ class Run(NamedTuple):
     key: jax.Array
 
 
-def put(plan: Plan, weights: Weights) -> Weights:
+def put(plan: Plan, weights: Any) -> Any:
     """Weights on the devices, split as the mesh says."""
     return meshes.put(weights, meshes.shardings(plan.mesh, weights))
 
 
-def assemble(plan: Plan) -> Run:
-    """Networks and frozen weights; of the VAE only what steps need."""
+def assemble(plan: Plan, remat: str = "none") -> Run:
+    """Networks and frozen weights; of the VAE only what steps need.
+
+    Args:
+        plan: what is trained.
+        remat: a key of `encoder.REMAT`, for the UNet.
+    """
     plan = plan._replace(selection=selection.begin(plan.selection, plan.model))
+
+    def place(weights: Mapping[str, Any], dtype: Any) -> Any:
+        return put(plan, params.cast(weights, dtype))
+
+    return _run(plan, remat, initial(plan), place)
+
+
+def outline(plan: Plan, remat: str = "none") -> Run:
+    """What `assemble` makes, with shapes for weights: none is read or put anywhere."""
+
+    def shapes(weights: Mapping[str, Any], dtype: Any) -> Any:
+        where = meshes.shardings(plan.mesh, weights)
+        return {
+            name: jax.ShapeDtypeStruct(weight.shape, dtype, sharding=where[name])
+            for name, weight in weights.items()
+        }
+
+    return _run(caches.blank(plan), remat, initial_shapes(plan), shapes)
+
+
+def _run(plan: Plan, remat: str, begun: Weights, place: Callable[[Any, Any], Any]) -> Run:
+    """The run that begins as `begun`; `place` makes stored weights those of a run."""
     config, parts, family = plan.config, plan.model.parts, plan.model.family
     dtype = jnp.dtype(plans.COMPUTE[config.mixed_precision])
-    datasets = [*plan.datasets, *plan.held_out]
-    frozen: dict[str, Any] = {
-        name: selection.frozen(plan.selection, plan.model, name) for name in parts
-    }
-    frozen = {
-        name: params.cast(weights, np.float32 if name == "vae" else dtype)
-        for name, weights in frozen.items()
-    }
+    datasets, unused = [*plan.datasets, *plan.held_out], set()
     if all(dataset.moments is not None for dataset in datasets):
-        del frozen["vae"]
+        unused.add("vae")
     if all(dataset.text is not None for dataset in datasets):
-        for name in family.text_encoders:
-            del frozen[name]
-    elif plan.words.frozen:
-        frozen[words.PART] = dict(plan.words.frozen)
-    used = [name for name in frozen if name in parts]
-    objective = _objective(plan, used, plan.selection.adapters)
+        unused |= {*family.text_encoders}
+    used = [name for name in parts if name not in unused]
+    frozen: Weights = {
+        name: place(
+            selection.frozen(plan.selection, plan.model, name),
+            np.float32 if name == "vae" else dtype,
+        )
+        for name in used
+    }
+    if plan.words.frozen and not unused & {*family.text_encoders}:
+        frozen[words.PART] = place(plan.words.frozen, np.float32)
+    objective = _objective(plan, used, remat, plan.selection.adapters)
     programs = Programs(
         objective,
         plan.optimizer,
@@ -69,17 +92,20 @@ def assemble(plan: Plan) -> Run:
         averages=plan.average is not None,
     )
     if any(dataset.teacher for dataset in datasets):
-        frozen |= _teacher(initial(plan), dtype)
+        for part, weights in begun.items():
+            name = f"teacher_{part.removeprefix('lora_')}"
+            frozen[name] = frozen.get(name, {}) | place(weights, dtype)
     key = jax.jit(jax.random.key, out_shardings=meshes.replicated(plan.mesh))(config.seed)
     resting = {n: adapters.at_rest(own) for n, own in plan.selection.adapters.items()}
-    return Run(plan, _objective(plan, used, resting), programs, put(plan, frozen), key)
+    return Run(plan, _objective(plan, used, remat, resting), programs, frozen, key)
 
 
-def _objective(plan: Plan, used: Sequence[str], loras: Mapping[str, Adapters]) -> Objective:
+def _objective(
+    plan: Plan, used: Sequence[str], remat: str, loras: Mapping[str, Adapters]
+) -> Objective:
     """What a step minimises, of the networks that it uses, with these LoRAs."""
     config, parts, family = plan.config, plan.model.parts, plan.model.family
-    policy = config.model.gradient_checkpointing
-    options = {"unet": {"remat": REMAT[policy] if isinstance(policy, bool) else policy}}
+    options = {"unet": {"remat": remat}}
 
     def build(name: str) -> Any:
         network = family.networks[name](parts[name].config, **options.get(name, {}))
@@ -107,13 +133,11 @@ def initial(plan: Plan) -> dict[str, Any]:
     return trainable | ({words.PART: plan.words.trained} if plan.words.groups else {})
 
 
-def _teacher(initial: Weights, dtype: Any) -> Weights:
-    """What is trained, as it is before the first step, beside the frozen weights."""
-    teacher: Weights = {}
-    for part, weights in initial.items():
-        name = f"teacher_{part.removeprefix('lora_')}"
-        teacher[name] = teacher.get(name, {}) | params.cast(weights, dtype)
-    return teacher
+def initial_shapes(plan: Plan) -> dict[str, Any]:
+    """Shapes and dtypes of `initial`."""
+    dtype = params.DTYPES[plan.config.train.weights_dtype]
+    trainable = selection.shapes(plan.selection, plan.model, dtype)
+    return trainable | ({words.PART: plan.words.trained} if plan.words.groups else {})
 
 
 def check_room(run: Run) -> None:

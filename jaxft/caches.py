@@ -66,6 +66,35 @@ def fill(
     return made._replace(datasets=datasets[:trained], held_out=datasets[trained:])
 
 
+def blank(made: Plan) -> Plan:
+    """The plan as `fill` makes it, for its shapes: of what is to be kept, all numbers are 0."""
+    encoders = [made.model.parts[name].config for name in made.model.family.text_encoders]
+    width = made.model.parts["unet"].config["cross_attention_dim"]
+    rows = 75 * made.config.model.tokenizer_repeats + 2
+    pooled = encoders[-1].get("projection_dim", clip.FREE["projection_dim"])
+    states = _Blank(dict(zip(TEXT_STATES, ((rows, width), (pooled,)), strict=True)))
+
+    def filled(dataset: Dataset) -> Dataset:
+        options = made.config.data[dataset.name]
+        return replace(
+            dataset,
+            moments=Memory() if options.cache_latents else None,
+            text=states if options.cache_text else None,
+        )
+
+    return made._replace(
+        datasets=[*map(filled, made.datasets)], held_out=[*map(filled, made.held_out)]
+    )
+
+
+class _Blank(Memory):
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]):
+        self._shapes = shapes
+
+    def __missing__(self, key: tuple[str, str]) -> np.ndarray:
+        return np.zeros(self._shapes[key[1]], np.float32)
+
+
 Stores = dict[str, Memory | Disk]
 """Of each data set."""
 

@@ -16,7 +16,7 @@ PROGRAMS = {
     "init": "copy the configurations that come with jaxft into a folder",
 }
 
-MODULES = {"config": "explain", "init": "start"}
+MODULES = {"plan": "planning", "config": "explain", "init": "start"}
 """Program -> its module, where that has another name."""
 
 

@@ -154,12 +154,17 @@ class Programs:
     def memory(self, state: TrainState, frozen: Weights) -> int:
         """Bytes on a device at the most: what is held, and what the program that needs most adds to
         it, its sums of gradients and temporaries."""
-        sizes = {name: program.memory_analysis() for name, program in self._compiled.items()}
-        most = max(
-            size.temp_size_in_bytes * (1 if name == "update" else len(self._lanes))
-            for name, size in sizes.items()
-        )
+        temporary = {
+            name: program.memory_analysis().temp_size_in_bytes
+            for name, program in self._compiled.items()
+        }
+        update = temporary.pop("update")
+        most = max(update, self.side_by_side(max(temporary.values())))
         return self.held(state, frozen) + most
+
+    def side_by_side(self, temporary: int) -> int:
+        """Bytes of temporaries at one time, where those of one gradient are so many."""
+        return temporary * len(self._lanes)
 
     def held(self, state: TrainState, frozen: Weights) -> int:
         """Bytes on a device of arrays, or shapes: the state, frozen weights and gradients."""

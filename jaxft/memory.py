@@ -21,8 +21,13 @@ def of_device() -> int | None:
 
 def describe(needed: int, limit: int | None) -> str:
     """Both in words."""
-    beside = "" if limit is None else f" of {limit / 2**30:.2f}"
-    return f"{needed / 2**30:.2f}{beside} GiB on each device"
+    beside = "" if limit is None else f" of {gib(limit)}"
+    return f"{gib(needed)}{beside} GiB on each device"
+
+
+def gib(size: float) -> str:
+    """Bytes as a number of GiB."""
+    return f"{size / 2**30:.2f}"
 
 
 def check(needed: int, limit: int | None, what: str) -> None:

@@ -5,7 +5,6 @@ python -m jaxft.plan --config configs/train/ft1.yaml [--html FILE] [key=value â€
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +16,6 @@ from jaxft import (
     averaging,
     cli,
     datasets,
-    gallery,
     loss_options,
     optimization,
     params,
@@ -27,7 +25,6 @@ from jaxft import (
     warm_start,
     words,
 )
-from jaxft import config as configs
 from jaxft import mesh as meshes
 from jaxft.config import Config
 from jaxft.data import captions, source
@@ -322,22 +319,5 @@ def parse(argv: Sequence[str], add: Callable[[argparse.ArgumentParser], object] 
     return parser.parse_intermixed_args(argv)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Prints the plan, and writes it as a page."""
-    args = parse(
-        argv, lambda parser: parser.add_argument("--html", type=Path, help="page to write")
-    )
-    if not args.config:
-        raise UserError("name a configuration: --config FILE")
-    if args.html and (args.html.is_dir() or not args.html.parent.is_dir()):
-        raise UserError(f"--html: {args.html} is a folder, or lies in none: name a file")
-    plan = prepare(*configs.load(args.config, args.overrides))
-    text = describe(plan)
-    print(text)
-    if args.html:
-        gallery.write_text(args.html, report.page(f"Plan of {args.config}", text, plan.datasets))
-    return 0
-
-
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(cli.program("plan"))

@@ -35,7 +35,7 @@ def bucket_lines(dataset: Dataset) -> list[str]:
     """A line for each bucket, for what is drawn, and for what last batches lack or leave out."""
     fitted, plan = _fit(dataset), dataset.plan
     lines = [
-        f"{_text(size)}: {_bucket_line(dataset, fitted, bucket)}"
+        f"{size_text(size)}: {_bucket_line(dataset, fitted, bucket)}"
         for bucket, size in enumerate(dataset.buckets.sizes)
     ]
     if dataset.buckets.num_small:
@@ -79,7 +79,7 @@ def warnings(dataset: Dataset) -> list[str]:
             names = [_plain(dataset.records[image].path.name) for image in members]
             notices.append(
                 f"{key}.tail: drop never uses {_count(len(names), 'image')}, fewer than a batch of "
-                f"{_text(dataset.buckets.sizes[bucket])}: {_named(names)}; use pad"
+                f"{size_text(dataset.buckets.sizes[bucket])}: {_named(names)}; use pad"
             )
     return notices
 
@@ -125,7 +125,8 @@ def _count(number: int, noun: str, plural: str = "") -> str:
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
-def _text(size: Size) -> str:
+def size_text(size: Size) -> str:
+    """Width and height of a bucket in words."""
     return f"{size[0]} × {size[1]}"
 
 
@@ -187,12 +188,12 @@ def _dataset_parts(dataset: Dataset, most: int) -> Iterable[str]:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             records = [dataset.records[image] for image in shown[:most]]
             pictures = list(pool.map(_thumbnail, records, [size] * len(records)))
-        yield f"<h3>{_text(size)}</h3>\n<p>{_bucket_line(dataset, fitted, bucket)}"
+        yield f"<h3>{size_text(size)}</h3>\n<p>{_bucket_line(dataset, fitted, bucket)}"
         yield f"; {len(records)} of them:</p>" if len(shown) > most else "</p>"
         yield '<div class="images">'
         for image, record, picture in zip(shown, records, pictures, strict=False):
             told = [
-                _text(record.size),
+                size_text(record.size),
                 f"{100 * fitted.lost[image]:.0f} % cropped",
                 *([f"{fitted.scale[image]:.2f}×"] if fitted.scale[image] > 1 else []),
             ]

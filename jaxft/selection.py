@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxft import params
@@ -192,6 +193,27 @@ def initial(
         factors = loras.init(own, seed, weights, principal)
         trained[f"lora_{network}"] = factors | dict(selection.begun.get(f"lora_{network}", {}))
     return trained
+
+
+def shapes(
+    selection: Selection, model: Model, dtype: Any = np.float32
+) -> dict[str, dict[str, Any]]:
+    """Shapes and dtypes of `initial`."""
+    found: dict[str, dict[str, Any]] = {
+        network: {
+            name: jax.ShapeDtypeStruct(weight.shape, dtype)
+            for name, weight in model.parts[network].params.items()
+            if name in own
+        }
+        for network, own in selection.labels.items()
+        if network in model.parts
+    }
+    for network, own in selection.adapters.items():
+        found[f"lora_{network}"] = {
+            name: jax.ShapeDtypeStruct(shape, np.float32)
+            for name, shape in loras.shapes(own).items()
+        }
+    return found
 
 
 def begin(selection: Selection, model: Model) -> Selection:

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import jax
 
-from jaxft import assembly, caches, cli, compile_cache, hosts, memory, params
+from jaxft import assembly, caches, cli, compile_cache, forecast, hosts, memory, params
 from jaxft import config as configs
 from jaxft import mesh as meshes
 from jaxft import plan as plans
@@ -90,7 +90,7 @@ def _train(config: Config, notices: Sequence[str]) -> int:
         with _log(plan, folder, start) as log:
             log.message(plans.describe(plan))
             plan = caches.fill(plan, say=log.message, stopped=lambda: stop.requested)
-            run = assembly.assemble(plan)
+            run = assembly.assemble(plan, forecast.policy(plan))
             assembly.check_room(run)
             state = _start(run, checkpoints, start, log)
             if not hosts.largest(stop.requested or 0):

@@ -11,8 +11,8 @@ from tests.conftest import ROOT
 LAYERS = (
     {"errors", "shapes"},
     {"builtin", "hosts", "memory", "tensor_file"},
-    {"arithmetic", "charts", "checkpoint", "cli", "compile_cache", "gallery", "lock", "log", "mesh"}
-    | {"params", "patterns", "schema", "signals", "data", "models"},
+    {"arithmetic", "charts", "checkpoint", "cli", "compile_cache", "costs", "gallery", "lock"}
+    | {"log", "mesh", "params", "patterns", "schema", "signals", "data", "models"},
     {"lycoris", "origins", "report"},
     {"low_rank"},
     {"diffusion", "foreign", "formats", "tuning"},
@@ -21,9 +21,10 @@ LAYERS = (
     {"datasets", "optimization", "sample"},
     {"previews"},
     {"compiled", "explain", "inspection", "pickled", "plan", "start", "verify"},
-    {"assembly", "caches", "records"},
-    {"painter", "validation"},
-    {"convert", "train"},
+    {"caches", "records"},
+    {"assembly"},
+    {"forecast", "painter", "validation"},
+    {"convert", "planning", "train"},
 )
 """Modules and packages, from the bottom: imports point down, or stay within a package."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jaxft import cli, plan, train
+from jaxft import cli, planning, train
 from tests.data_fixtures import photo_folder
 
 NUM_IMAGES = 6
@@ -63,7 +63,7 @@ def refused(recipe, tmp_path, capsys) -> Callable[..., str]:
 def test_without_a_mistake_there_is_a_plan(recipe, tmp_path, capsys):
     """The other tests fail for the mistake they make, and for nothing else."""
     with pytest.raises(SystemExit) as ended:
-        cli.run(plan.main, ["--config", str(recipe)])
+        cli.run(planning.main, ["--config", str(recipe)])
     assert ended.value.code == 0
     assert f"{NUM_IMAGES} images" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()

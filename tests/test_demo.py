@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from jaxft import config as configuration
-from jaxft import convert, plan
+from jaxft import convert, planning
 from jaxft.builtin import names
 from jaxft.data import source
 from jaxft.formats import diffusers_folder
@@ -118,7 +118,7 @@ def test_the_training_is_of_subject_and_class_and_the_class_can_be_left_out(offl
 
 
 def test_the_plan_trains_the_whole_unet_in_the_sizes_of_the_pictures(offline, capsys):
-    assert plan.main(["--config", demo.TRAINING]) == 0
+    assert planning.main(["--config", demo.TRAINING]) == 0
     text = capsys.readouterr().out
     assert "(100.0 %)" in text
     assert all(f"{width} × {height}: " in text for width, height in world.SIZES)

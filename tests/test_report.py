@@ -11,7 +11,7 @@ import pytest
 import random_model
 from PIL import Image
 
-from jaxft import plan, report
+from jaxft import planning, report
 from jaxft.data import batches, buckets, loader, source
 from jaxft.data.tokens import Tokenizer
 from jaxft.errors import UserError
@@ -201,7 +201,7 @@ def test_a_page_is_bounded(tmp_path, tokenizer):
 def test_the_plan_is_written_as_a_page(tmp_path, capsys):
     config = "configs/train/examples/demo.yaml"
     file = tmp_path / "plan.html"
-    assert plan.main(["--config", config, "--html", str(file)]) == 0
+    assert planning.main(["--config", config, "--html", str(file)]) == 0
     page = Page(file.read_text("utf-8"))
     assert_safe(page)
     assert capsys.readouterr().out.strip() in (text.strip() for text in page.texts)
@@ -209,4 +209,4 @@ def test_the_plan_is_written_as_a_page(tmp_path, capsys):
     assert file.stat().st_size < 3_000_000
     for wrong in (tmp_path, tmp_path / "none" / "plan.html"):
         with pytest.raises(UserError, match="--html"):
-            plan.main(["--config", config, "--html", str(wrong)])
+            planning.main(["--config", config, "--html", str(wrong)])

@@ -234,6 +234,15 @@ def _named(adapters: Adapters) -> Iterator[tuple[str, Adapter]]:
             yield f"{module}.lora.{number}", adapter
 
 
+def shapes(adapters: Adapters) -> dict[str, tuple[int, ...]]:
+    """Factor -> its shape."""
+    return {
+        f"{name}.{factor}": shape
+        for name, adapter in _named(adapters)
+        for factor, shape in adapter.shapes.items()
+    }
+
+
 def labels(adapters: Adapters) -> dict[str, str]:
     """Factor -> name of its group."""
     return {
