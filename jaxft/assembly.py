@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import memory, params, selection, words
+from jaxft import controls, memory, params, selection, words
 from jaxft import mesh as meshes
 from jaxft import plan as plans
 from jaxft.compiled import Programs
 from jaxft.data.loader import Dataset
+from jaxft.models.controlnet import ControlNetModel
 from jaxft.params import abstract
 from jaxft.plan import Plan
 from jaxft.step import Objective, TrainState, Weights
@@ -79,10 +80,12 @@ def _objective(plan: Plan, used: Sequence[str], loras: Mapping[str, Adapters]) -
     """What a step minimises, of the networks that it uses, with these LoRAs."""
     config, parts, family = plan.config, plan.model.parts, plan.model.family
     policy = config.model.gradient_checkpointing
-    options = {"unet": {"remat": REMAT[policy] if isinstance(policy, bool) else policy}}
+    remat = {"remat": REMAT[policy] if isinstance(policy, bool) else policy}
+    options = {"unet": remat, controls.PART: remat}
+    classes = {**family.networks, controls.PART: ControlNetModel}
 
     def build(name: str) -> Any:
-        network = family.networks[name](parts[name].config, **options.get(name, {}))
+        network = classes[name](parts[name].config, **options.get(name, {}))
         return adapters.attach(network, loras.get(name, {}))
 
     clip_skip, final_norm = family.text_layer(config.model.clip_skip, config.model.clip_final_norm)

@@ -78,8 +78,6 @@ def read(
                     with_sizes=model.family.is_xl,
                 )
             )
-            if into[-1].with_conditions:
-                notices.append(f"data.{name}: nothing that is trained sees its conditioning images")
             notices += new + _truncated(into[-1]) + report.warnings(into[-1])
     if not trained:
         raise UserError("data: everything is held out; set held_out of a data set below 1")

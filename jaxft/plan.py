@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxft import (
     averaging,
     cli,
+    controls,
     datasets,
     gallery,
     loss_options,
@@ -97,7 +98,7 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
     mesh = meshes.make(**config.mesh)
     _check_counts(config)
     begun, opened = _begin(config)
-    model = begun.model
+    model = controls.add(config, begun.model)
     noising = schedule.from_config(model.scheduler, str(model.folder / "scheduler_config.json"))
     images = _images_per_update(config, mesh.size)
     train, factors = config.train, {True: images, False: 1}
@@ -113,6 +114,7 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
     sets, held_out, told = datasets.read(config, model, vocabulary, mesh.size)
     words.check_said(vocabulary, sets)
     judged = loss_options.from_config(train, noising)
+    controls.check_data(model, [*sets, *held_out])
     datasets.check_loss(judged, [*sets, *held_out])
     datasets.check_latent_caches(config, sets)
     datasets.check_text_caches(config, selected.labels, [*sets, *held_out])

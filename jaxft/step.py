@@ -3,7 +3,8 @@
 A batch is what `jaxft.data.loader` makes: `input_ids` int32 [b, r, 77] (and `input_ids_2` for a
 second text encoder) or `encoder_hidden_states` [b, 75r + 2, d] (and `pooled_text_embeds` [b, p]),
 `weight` float32 [b], `moments` float32 [b, h, w, 8] or `pixel_values` uint8 [b, 8h, 8w, 3], for
-Stable Diffusion XL `time_ids` float32 [b, 6], and where images have masks `mask` float32 [b, h, w];
+Stable Diffusion XL `time_ids` float32 [b, 6], where images have masks `mask` float32 [b, h, w], and
+for a ControlNet `conditioning_pixel_values` uint8 [b, 8h, 8w, 3];
 beside `input_ids`, where words are pairs, `negative_input_ids` of the same shape (and
 `negative_input_ids_2`). Where there is a `teacher` float32 [b], the target is what the model
 predicted before training.
@@ -30,9 +31,9 @@ from jaxft.shapes import NEGATIVE, TEXT_INPUTS, TEXT_STATES, Latents, Params, Pi
 from jaxft.tuning import rounding, schedule_free
 
 Weights = dict[str, Params]
-"""Network (`unet`, `vae`, `text_encoder`) -> its weights, or some of them; `lora_unet`, … -> the
-factors of a network's LoRAs; `words` -> word -> its rows [n, d]; `teacher_unet`, … -> what is
-trained, as it began."""
+"""Network (`unet`, `vae`, `text_encoder`, `controlnet`) -> its weights, or some of them;
+`lora_unet`, … -> the factors of a network's LoRAs; `words` -> word -> its rows [n, d];
+`teacher_unet`, … -> what is trained, as it began."""
 
 
 class TrainState(NamedTuple):
@@ -206,8 +207,13 @@ def _predict(
         return jnp.concatenate([x] * twice)
 
     added = Added(pooled, again(batch["time_ids"])) if "time_ids" in batch else None
+    inputs, residuals = (again(noisy), again(timesteps), text), None
+    if "controlnet" in objective.networks:
+        control = params.bind(objective.networks["controlnet"], weights["controlnet"])
+        image = batch["conditioning_pixel_values"].astype(jnp.float32) / 255
+        residuals = control(*inputs, again(image), added)
     unet = params.bind(objective.networks["unet"], weights["unet"])
-    predicted = unet(again(noisy), again(timesteps), text, added)
+    predicted = unet(*inputs, added, residuals)
     if twice == 1:
         return predicted
     assert objective.loss.guidance is not None, "a plan has guidance where words are pairs"
