@@ -52,7 +52,7 @@ def assemble(plan: Plan) -> Run:
         name: params.cast(weights, np.float32 if name == "vae" else dtype)
         for name, weights in frozen.items()
     }
-    if all(dataset.moments is not None for dataset in datasets):
+    if not any(dataset.with_pixels for dataset in datasets):
         del frozen["vae"]
     if all(dataset.text is not None for dataset in datasets):
         for name in family.text_encoders:
@@ -149,9 +149,11 @@ def one_of_each_shape(dataset: Dataset) -> list[dict[str, jax.ShapeDtypeStruct]]
             batch["mask"] = ((rows, height // 8, width // 8), np.float32)
         if dataset.with_conditions:
             batch["conditioning_pixel_values"] = ((rows, height, width, 3), np.uint8)
-        if dataset.moments is None:
+        if dataset.with_holes:
+            batch["inpaint_mask"] = ((rows, height, width), np.uint8)
+        if dataset.with_pixels:
             batch["pixel_values"] = ((rows, height, width, 3), np.uint8)
-        else:
+        if dataset.moments is not None:
             batch["moments"] = ((rows, height // 8, width // 8, 8), np.float32)
         batches.append({k: jax.ShapeDtypeStruct(*v) for k, v in batch.items()})
     return batches

@@ -7,7 +7,7 @@ from jaxft import params, tensor_file
 from jaxft.config import Config
 from jaxft.data.loader import Dataset
 from jaxft.errors import UserError
-from jaxft.formats import controlnet, hcp
+from jaxft.formats import controlnet, diffusers_folder, hcp
 from jaxft.formats.diffusers_folder import Component, Model
 from jaxft.models.encoder import FREE
 
@@ -42,6 +42,11 @@ def add(config: Config, model: Model) -> Model:
         raise UserError(
             "previewer.infer_cfg: previews are made from text alone, without the ControlNet that "
             "is trained; leave it out"
+        )
+    if diffusers_folder.is_inpainting(model):
+        raise UserError(
+            f"controlnet: {model.folder} is an inpainting model; ControlNets are trained with the "
+            "text-to-image model that it comes from"
         )
     unet = model.parts["unet"]
     own = controlnet.from_unet(unet, config.seed)

@@ -115,6 +115,7 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
     words.check_said(vocabulary, sets)
     judged = loss_options.from_config(train, noising)
     controls.check_data(model, [*sets, *held_out])
+    datasets.check_holes(model, [*sets, *held_out])
     datasets.check_loss(judged, [*sets, *held_out])
     datasets.check_latent_caches(config, sets)
     datasets.check_text_caches(config, selected.labels, [*sets, *held_out])
@@ -155,7 +156,8 @@ def _begin(config: Config) -> tuple[Begun, list[str]]:
     model, opened = single_file.open_model(
         options.pretrained_model_name_or_path, revision=options.revision, variant=options.variant
     )
-    diffusers_folder.check_text_to_image(model)
+    if not diffusers_folder.is_inpainting(model):
+        diffusers_folder.check_text_to_image(model)
     return warm_start.read(config.train.warm_start, model), opened
 
 
