@@ -12,8 +12,8 @@ import yaml
 from diffusers import ControlNetModel as TorchControlNet
 from diffusers import UNet2DConditionModel as TorchUNet
 
+from jaxft import assembly, controls, params, plan, records, step, tensor_file, train
 from jaxft import config as configs
-from jaxft import controls, params, plan, step, tensor_file, train
 from jaxft.diffusion import schedule
 from jaxft.errors import UserError
 from jaxft.formats import controlnet, diffusers_folder, hcp
@@ -228,3 +228,16 @@ def test_hcp_diffusions_plugin_is_a_group_of_all_layers(write):
     ):
         with pytest.raises(UserError, match=told):
             configs.load(file, [needed, override])
+
+
+def test_one_of_xl_is_exported_under_diffusers_names_for_webuis_too(recipe, folders, tmp_path):
+    made = plan.prepare(
+        *configs.load(str(recipe), [f"model.pretrained_model_name_or_path={folders('sdxl')[1]}"])
+    )
+    trained = assembly.initial(made)
+    file, folder = records.export(made, trained, {}, tmp_path / "run")
+    assert (file.name, folder.name) == ("run-controlnet.safetensors", "run-controlnet")
+    opened = TorchControlNet.from_pretrained(folder, local_files_only=True)
+    assert opened.config.addition_embed_type == "text_time"
+    for found in (weights(opened), tensor_file.read(file)):
+        assert same_bits(found, trained[controls.PART])
