@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel as TorchUNet
 from PIL import Image
 
 from jaxft import config as configs
-from jaxft import params, plan, step, train
+from jaxft import params, plan, step, train, validation
 from jaxft.data import holes, source
 from jaxft.data.images import CENTRE, View
 from jaxft.diffusion import schedule
@@ -41,28 +41,35 @@ def channels_first(x: Any) -> torch.Tensor:
     return torch.tensor(np.asarray(x).transpose(0, 3, 1, 2).copy())
 
 
-def test_loss_and_gradients_are_those_of_diffusers_networks(rng):
-    """The input as in diffusers' `train_dreambooth_inpaint.py`: noisy latents, the mask by nearest
-    neighbour, and the latents of `image * (mask < 0.5)`, which are drawn as the others."""
-    unet: Any = randomise(TorchUNet(**UNET, in_channels=9), 0)
-    autoencoder: Any = randomise(TorchVAE(**VAE), 1)
+def make_objective() -> step.Objective:
     nets = {
         "unet": params.abstract(lambda: UNet2DConditionModel({**UNET, "in_channels": 9}))[0],
         "vae": params.abstract(lambda: AutoencoderKL(VAE))[0],
     }
     noising = schedule.from_config(SCHEDULER | {"prediction_type": "epsilon"})
-    objective = step.Objective(nets, noising, 0.18215, jnp.float32)
-    own, fixed = (
-        {name: jnp.asarray(value.numpy().copy()) for name, value in part.state_dict().items()}
-        for part in (unet, autoencoder)
-    )
-    states = rng.standard_normal((2, 7, 16)).astype(np.float32)
-    batch = {
-        "encoder_hidden_states": states,
+    return step.Objective(nets, noising, 0.18215, jnp.float32)
+
+
+def make_batch(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    return {
+        "encoder_hidden_states": rng.standard_normal((2, 7, 16)).astype(np.float32),
         "weight": np.ones(2, np.float32),
         "pixel_values": rng.integers(0, 256, (2, 32, 48, 3)).astype(np.uint8),
         "inpaint_mask": np.stack([holes.drawn((48, 32), pick) for pick in (2, 5)]),
     }
+
+
+def test_loss_and_gradients_are_those_of_diffusers_networks(rng):
+    """The input as in diffusers' `train_dreambooth_inpaint.py`: noisy latents, the mask by nearest
+    neighbour, and the latents of `image * (mask < 0.5)`, which are drawn as the others."""
+    unet: Any = randomise(TorchUNet(**UNET, in_channels=9), 0)
+    autoencoder: Any = randomise(TorchVAE(**VAE), 1)
+    objective = make_objective()
+    own, fixed = (
+        {name: jnp.asarray(value.numpy().copy()) for name, value in part.state_dict().items()}
+        for part in (unet, autoencoder)
+    )
+    batch = make_batch(rng)
     assert 0 < batch["inpaint_mask"].mean() < 1
     key = jax.random.key(3)
 
@@ -89,7 +96,7 @@ def test_loss_and_gradients_are_those_of_diffusers_networks(rng):
     )
     small = torch.nn.functional.interpolate(mask, size=(4, 6))
     inputs = torch.cat([noisy, small, left * 0.18215], dim=1)
-    predicted = unet(inputs, times, torch.tensor(states)).sample
+    predicted = unet(inputs, times, torch.tensor(batch["encoder_hidden_states"])).sample
     theirs = torch.nn.functional.mse_loss(predicted, noise)
     theirs.backward()
     np.testing.assert_allclose(ours, theirs.item(), rtol=1e-5)
@@ -97,6 +104,29 @@ def test_loss_and_gradients_are_those_of_diffusers_networks(rng):
         wanted = weight.grad.numpy()
         error = np.linalg.norm(gradients[name] - wanted) / np.linalg.norm(wanted)
         assert error < 2e-5, f"{name}: {error}"  # float32, through two networks
+
+
+def test_what_is_held_out_is_judged_with_its_holes(rng):
+    """Traced only, with and without kept latents: a UNet of nine channels takes no others."""
+    shapes = {
+        name: params.abstract(lambda n=network, c=config: n(c))[1]
+        for name, network, config in (
+            ("unet", UNet2DConditionModel, {**UNET, "in_channels": 9}),
+            ("vae", AutoencoderKL, VAE),
+        )
+    }
+    kept = {"moments": np.zeros((2, 4, 6, 8), np.float32)}
+    for more in ({}, kept):
+        batch = make_batch(rng) | more | {validation.SEED: np.arange(2, dtype=np.uint32)}
+        found = jax.eval_shape(
+            lambda u, v, b: validation.curve(
+                make_objective(), {"unet": u}, {"vae": v}, b, np.arange(3)
+            ),
+            shapes["unet"],
+            shapes["vae"],
+            batch,
+        )
+        assert found.shape == (3,)
 
 
 def test_a_hole_is_a_rectangle_or_an_ellipse_of_any_size_and_place():
