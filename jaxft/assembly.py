@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import caches, memory, params, selection, words
+from jaxft import caches, controls, memory, params, selection, words
 from jaxft import mesh as meshes
 from jaxft import plan as plans
 from jaxft.compiled import Programs
 from jaxft.data.loader import Dataset
+from jaxft.models.controlnet import ControlNetModel
 from jaxft.params import abstract
 from jaxft.plan import Plan
 from jaxft.step import Objective, TrainState, Weights
@@ -40,7 +41,7 @@ def assemble(plan: Plan, remat: str = "none") -> Run:
 
     Args:
         plan: what is trained.
-        remat: a key of `encoder.REMAT`, for the UNet.
+        remat: a key of `encoder.REMAT`, for UNet and ControlNet.
     """
     plan = plan._replace(selection=selection.begin(plan.selection, plan.model))
 
@@ -68,7 +69,7 @@ def _run(plan: Plan, remat: str, begun: Weights, place: Callable[[Any, Any], Any
     config, parts, family = plan.config, plan.model.parts, plan.model.family
     dtype = jnp.dtype(plans.COMPUTE[config.mixed_precision])
     datasets, unused = [*plan.datasets, *plan.held_out], set()
-    if all(dataset.moments is not None for dataset in datasets):
+    if not any(dataset.with_pixels for dataset in datasets):
         unused.add("vae")
     if all(dataset.text is not None for dataset in datasets):
         unused |= {*family.text_encoders}
@@ -105,10 +106,11 @@ def _objective(
 ) -> Objective:
     """What a step minimises, of the networks that it uses, with these LoRAs."""
     config, parts, family = plan.config, plan.model.parts, plan.model.family
-    options = {"unet": {"remat": remat}}
+    options = {name: {"remat": remat} for name in ("unet", controls.PART)}
+    classes = {**family.networks, controls.PART: ControlNetModel}
 
     def build(name: str) -> Any:
-        network = family.networks[name](parts[name].config, **options.get(name, {}))
+        network = classes[name](parts[name].config, **options.get(name, {}))
         return adapters.attach(network, loras.get(name, {}))
 
     clip_skip, final_norm = family.text_layer(config.model.clip_skip, config.model.clip_final_norm)
@@ -170,9 +172,11 @@ def one_of_each_shape(dataset: Dataset) -> list[dict[str, jax.ShapeDtypeStruct]]
             batch["mask"] = ((rows, height // 8, width // 8), np.float32)
         if dataset.with_conditions:
             batch["conditioning_pixel_values"] = ((rows, height, width, 3), np.uint8)
-        if dataset.moments is None:
+        if dataset.with_holes:
+            batch["inpaint_mask"] = ((rows, height, width), np.uint8)
+        if dataset.with_pixels:
             batch["pixel_values"] = ((rows, height, width, 3), np.uint8)
-        else:
+        if dataset.moments is not None:
             batch["moments"] = ((rows, height // 8, width // 8, 8), np.float32)
         batches.append({k: jax.ShapeDtypeStruct(*v) for k, v in batch.items()})
     return batches

@@ -47,7 +47,7 @@ def read(
                 raise UserError(f"data.{name}.source.{key}: {error}") from None
             columns += found.records.parts
             notices += found.notices
-        _check_conditions(name, columns)
+        _check_alike(name, columns)
         used, spared = _held_out(name, Records(columns), options.held_out)
         known: Sequence[Size] = ()
         roles: list[tuple[Sequence[Record], list[Dataset], int, Tail]] = [
@@ -78,22 +78,42 @@ def read(
                     with_sizes=model.family.is_xl,
                 )
             )
-            if into[-1].with_conditions:
-                notices.append(f"data.{name}: nothing that is trained sees its conditioning images")
             notices += new + _truncated(into[-1]) + report.warnings(into[-1])
     if not trained:
         raise UserError("data: everything is held out; set held_out of a data set below 1")
     return trained, held, notices
 
 
-def _check_conditions(name: str, columns: Sequence[Columns]) -> None:
-    """Of a data set, all images have a conditioning image or none: its batches are of one kind."""
-    kinds = {next(iter(Records([own]))).cond is None for own in columns}
-    if len(kinds) > 1:
-        raise UserError(
-            f"data.{name}: some of its sources have cond_dir and some have not; give it to all, or "
-            "make two datasets of them"
-        )
+def _check_alike(name: str, columns: Sequence[Columns]) -> None:
+    """Of a data set, all images have a conditioning image or none, and so with what is painted
+    anew: its batches are of one kind."""
+    firsts = [next(iter(Records([own]))) for own in columns]
+    for key, values in (
+        ("cond_dir", [record.cond for record in firsts]),
+        ("inpaint_mask", [record.hole for record in firsts]),
+    ):
+        if None in values and any(values):
+            raise UserError(
+                f"data.{name}: some of its sources have {key} and some have not; give it to all, "
+                "or make two datasets of them"
+            )
+
+
+def check_holes(model: diffusers_folder.Model, datasets: Sequence[Dataset]) -> None:
+    """Raises UserError unless images have holes just where the model is one of inpainting."""
+    paints = diffusers_folder.is_inpainting(model)
+    for dataset in datasets:
+        if paints and not dataset.with_holes:
+            raise UserError(
+                f"data.{dataset.name}: {model.folder} is an inpainting model (its UNet takes 9 "
+                "channels), which must be told what to paint anew; set inpaint_mask, to random or "
+                "to a folder of masks, in each source"
+            )
+        if dataset.with_holes and not paints:
+            raise UserError(
+                f"data.{dataset.name}: inpaint_mask has no effect: {model.folder} is no inpainting "
+                "model (its UNet takes only latents); leave it out"
+            )
 
 
 def _held_out(

@@ -61,7 +61,6 @@ REFUSED: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
             "branch": ((None,), "a LoRA has one branch"),
         }.items()
     },
-    "plugin_unet": (_NOTHING, "no ControlNet or other plugins"),
     "plugin_TE": (_NOTHING, "no plugins"),
     "previewer._target_": (
         _one_of("hcpdiff.loggers.preview.ImagePreviewer", "ImagePreviewer"),
@@ -142,7 +141,22 @@ ALWAYS = "train.log, metrics.jsonl and tblog/"
 RESUME = ("train", "resume", "ckpt_path")
 """HCP-Diffusion's spelling of `train.warm_start`."""
 
-_PATTERNS = {tuple(key.split(".")) for key in (*IGNORED, *REFUSED, *OLDER, *AVERAGES)} | {RESUME}
+PLUGINS = ("plugin_unet",)
+"""HCP-Diffusion's spelling of `controlnet`, whose plugin of a UNet it is."""
+
+CONTROLNET = {
+    "from_layers": ["pre_hook:", "pre_hook:conv_in"],
+    "to_layers": [
+        *(f"down_blocks.{level}" for level in range(4)),
+        "mid_block",
+        "pre_hook:up_blocks.3.resnets.2",
+    ],
+    "train": True,
+}
+"""The options of that plugin, besides its rate."""
+
+_PATTERNS = {tuple(key.split(".")) for key in (*IGNORED, *REFUSED, *OLDER, *AVERAGES)}
+_PATTERNS |= {RESUME, PLUGINS}
 
 
 def known(path: Path) -> bool:
@@ -194,6 +208,7 @@ def take_out(tree: dict[str, Any], notices: list[Problem], problems: list[Proble
             siblings[newer] = value
     _take_averages(tree, notices, problems)
     _take_resume(tree, problems)
+    _take_controlnet(tree, problems)
     _take_loggers(tree, notices, problems)
     for (key, value), (instead, reason) in REPLACED.items():
         if tree.get(key) == value:
@@ -233,6 +248,23 @@ def _take_resume(tree: dict[str, Any], problems: list[Problem]) -> None:
                 own[kind] = _files(value, (*path, kind), problems) if kind != "words" else value
     for _, run, _ in _pop(tree, ("train", "resume", "run"), ()):
         tree["train"].setdefault("resume", run)
+
+
+def _take_controlnet(tree: dict[str, Any], problems: list[Problem]) -> None:
+    """Makes a group of `controlnet` of HCP-Diffusion's plugin, all of which is trained."""
+    for path, plugins, _ in _pop(tree, PLUGINS, ()):
+        for name, node in plugins.items() if isinstance(plugins, dict) else ():
+            options = dict(node) if isinstance(node, dict) else {}
+            if not str(options.pop("_target_", None)).endswith("ControlNetPlugin"):
+                known = "hcpdiff.models.controlnet.ControlNetPlugin"
+                problems.append(((*path, name), f"not supported: no plugins but {known}"))
+                continue
+            group = {"lr": options.pop("lr", 1e-5), "layers": [""]}
+            for key, value in options.items():
+                if key not in CONTROLNET or value != CONTROLNET[key]:
+                    reason = "a ControlNet is a copy of all of the UNet's way down"
+                    problems.append(((*path, name, key), f"not supported: {reason}"))
+            tree["controlnet"] = {**(tree.get("controlnet") or {}), name: group}
 
 
 def _take_loggers(tree: dict[str, Any], notices: list[Problem], problems: list[Problem]) -> None:

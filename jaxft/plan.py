@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxft import (
     averaging,
     cli,
+    controls,
     datasets,
     loss_options,
     optimization,
@@ -94,7 +95,7 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
     mesh = meshes.make(**config.mesh)
     _check_counts(config)
     begun, opened = _begin(config)
-    model = begun.model
+    model = controls.add(config, begun.model)
     noising = schedule.from_config(model.scheduler, str(model.folder / "scheduler_config.json"))
     images = _images_per_update(config, mesh.size)
     train, factors = config.train, {True: images, False: 1}
@@ -110,6 +111,8 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
     sets, held_out, told = datasets.read(config, model, vocabulary, mesh.size)
     words.check_said(vocabulary, sets)
     judged = loss_options.from_config(train, noising)
+    controls.check_data(model, [*sets, *held_out])
+    datasets.check_holes(model, [*sets, *held_out])
     datasets.check_loss(judged, [*sets, *held_out])
     datasets.check_latent_caches(config, sets)
     datasets.check_text_caches(config, selected.labels, [*sets, *held_out])
@@ -150,7 +153,8 @@ def _begin(config: Config) -> tuple[Begun, list[str]]:
     model, opened = single_file.open_model(
         options.pretrained_model_name_or_path, revision=options.revision, variant=options.variant
     )
-    diffusers_folder.check_text_to_image(model)
+    if not diffusers_folder.is_inpainting(model):
+        diffusers_folder.check_text_to_image(model)
     return warm_start.read(config.train.warm_start, model), opened
 
 

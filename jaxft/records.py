@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxft import low_rank, selection, words
+from jaxft import controls, low_rank, params, selection, tensor_file, words
 from jaxft import mesh as meshes
 from jaxft.compiled import Metrics
 from jaxft.data.records import Record
 from jaxft.errors import UserError
-from jaxft.formats import diffusers_folder, embeddings, hcp, lora, modelspec, webui
-from jaxft.formats.diffusers_folder import Model
+from jaxft.formats import controlnet, diffusers_folder, embeddings, hcp, lora, modelspec, webui
+from jaxft.formats.diffusers_folder import Component, Model
 from jaxft.log import RunLog
 from jaxft.plan import Plan
 
@@ -147,7 +147,7 @@ class Parts:
 
 
 def merged(plan: Plan, trained: Trained) -> Model:
-    """The finished model: the base with what was trained."""
+    """The finished model: the base with what was trained, a ControlNet among its networks."""
     factors = selection.lora(plan.selection, trained)
     parts = {}
     for network, component in plan.model.parts.items():
@@ -182,15 +182,32 @@ def _export(plan: Plan, trained: Trained, target: Path) -> Iterator[Path]:
         configs, texts = plan.model.configs, described(plan)
         lora.write_kohya(file, factors, configs, formats["lora"], texts)
         yield file
-    if trained.keys() == {words.PART}:
-        return  # the model is as it was
     model = merged(plan, trained)
+    if own := model.parts.pop(controls.PART, None):
+        yield from _export_controlnet(plan, own, target.with_name(f"{target.name}-controlnet"))
+    if trained.keys() <= {words.PART, controls.PART}:
+        return  # the model is as it was
     if formats.get("webui"):
         file = target.with_name(f"{target.name}.safetensors")
         webui.write(file, model, formats["webui"], described(plan))
         yield file
     if formats.get("diffusers"):
         diffusers_folder.write(target, model, formats["diffusers"])
+        yield target
+
+
+def _export_controlnet(plan: Plan, component: Component, target: Path) -> Iterator[Path]:
+    """Writes a ControlNet as webuis read it, and as a folder; of XL they read diffusers' names."""
+    formats = plan.config.export
+    if dtype := formats.get("webui"):
+        file = target.with_name(f"{target.name}.safetensors")
+        if plan.model.family.is_xl:
+            tensor_file.write(file, component.params, described(plan), params.DTYPES[dtype])
+        else:
+            controlnet.write_file(file, component, dtype, described(plan))
+        yield file
+    if formats.get("diffusers"):
+        controlnet.write_folder(target, component, formats["diffusers"])
         yield target
 
 

@@ -51,6 +51,8 @@ def bucket_lines(dataset: Dataset) -> list[str]:
         lines.append(f"att_mask: {_count(masked, 'image')} of which the parts count as masks say")
     if seen := dataset.summary.num_conditioned:
         lines.append(f"cond_dir: {_count(seen, 'image')}, each with its conditioning image")
+    if holes := dataset.summary.num_with_holes:
+        lines.append(f"inpaint_mask: {_count(holes, 'image')}, parts of which are painted anew")
     if plan.num_dropped:
         lines.append(f"tail: {_count(plan.num_dropped, 'image')} dropped each epoch")
     if plan.num_filled and plan.tail == "pad":

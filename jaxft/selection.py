@@ -20,7 +20,10 @@ from jaxft.tuning.groups import Group, Labels, assign
 from jaxft.tuning.groups import layers as patterns_of
 
 NETWORKS = ("unet", "text_encoder")
-"""What groups are of; XL's two text encoders are one, their names beginning as in part files."""
+"""What LoRAs are of; XL's two text encoders are one, their names beginning as in part files."""
+
+FULL = (*NETWORKS, "controlnet")
+"""What is trained in full."""
 
 
 class Selection(NamedTuple):
@@ -48,8 +51,8 @@ def select(
     """What the groups of a configuration choose of a model.
 
     Args:
-        config: with `unet`, `text_encoder`, `lora_unet`, `lora_text_encoder`, each name -> group,
-            and `model.clip_skip` and `model.clip_final_norm`.
+        config: with `unet`, `text_encoder`, `controlnet`, `lora_unet`, `lora_text_encoder`, each
+            name -> group, and `model.clip_skip` and `model.clip_final_norm`.
         model: what is trained.
         factor: of the rates of these groups.
         words: word -> the group that trains it.
@@ -59,7 +62,7 @@ def select(
     """
     full = [
         _group(f"{network}.{name}", network, group, factor)
-        for network in NETWORKS
+        for network in FULL
         for name, group in config[network].items()
     ]
     low = [

@@ -3,7 +3,9 @@
 A batch is what `jaxft.data.loader` makes: `input_ids` int32 [b, r, 77] (and `input_ids_2` for a
 second text encoder) or `encoder_hidden_states` [b, 75r + 2, d] (and `pooled_text_embeds` [b, p]),
 `weight` float32 [b], `moments` float32 [b, h, w, 8] or `pixel_values` uint8 [b, 8h, 8w, 3], for
-Stable Diffusion XL `time_ids` float32 [b, 6], and where images have masks `mask` float32 [b, h, w];
+Stable Diffusion XL `time_ids` float32 [b, 6], where images have masks `mask` float32 [b, h, w], and
+for a ControlNet `conditioning_pixel_values` uint8 [b, 8h, 8w, 3], and for inpainting `inpaint_mask`
+uint8 [b, 8h, 8w] (1: to be painted anew) with `pixel_values` besides any `moments`;
 beside `input_ids`, where words are pairs, `negative_input_ids` of the same shape (and
 `negative_input_ids_2`). Where there is a `teacher` float32 [b], the target is what the model
 predicted before training.
@@ -26,13 +28,22 @@ from jaxft.diffusion import conditioning, losses, schedule, ssim, weighting
 from jaxft.diffusion import noise as noises
 from jaxft.models import vae
 from jaxft.models.encoder import Added
-from jaxft.shapes import NEGATIVE, TEXT_INPUTS, TEXT_STATES, Latents, Params, Pixels, Timesteps
+from jaxft.shapes import (
+    NEGATIVE,
+    TEXT_INPUTS,
+    TEXT_STATES,
+    Features,
+    Latents,
+    Params,
+    Pixels,
+    Timesteps,
+)
 from jaxft.tuning import rounding, schedule_free
 
 Weights = dict[str, Params]
-"""Network (`unet`, `vae`, `text_encoder`) -> its weights, or some of them; `lora_unet`, … -> the
-factors of a network's LoRAs; `words` -> word -> its rows [n, d]; `teacher_unet`, … -> what is
-trained, as it began."""
+"""Network (`unet`, `vae`, `text_encoder`, `controlnet`) -> its weights, or some of them;
+`lora_unet`, … -> the factors of a network's LoRAs; `words` -> word -> its rows [n, d];
+`teacher_unet`, … -> what is trained, as it began."""
 
 
 class TrainState(NamedTuple):
@@ -73,6 +84,12 @@ class Draws(NamedTuple):
     """What is added to the latents."""
     timesteps: Timesteps
     dropout_key: Array
+    masked_noise: Latents | None = None
+    """For inpainting: as `latent_noise`, of the masked images."""
+
+
+MASKED = 2**31 - 1
+"""What is folded into the dropouts' key for `masked_noise`; no dropout has this number."""
 
 
 def draw(
@@ -96,9 +113,14 @@ def batch_key(key: Array, step: Array | int, dataset: Array | int, part: Array |
     return key
 
 
-def encode_pixels(graphdef: nnx.GraphDef, weights: Params, pixels: Pixels) -> Array:
-    """VAE moments [b, h/8, w/8, 8] of pixels [b, h, w, 3]; float32."""
+def encode_pixels(
+    graphdef: nnx.GraphDef, weights: Params, pixels: Pixels, holes: Array | None = None
+) -> Array:
+    """VAE moments [b, h/8, w/8, 8] of pixels [b, h, w, 3]; float32. Where `holes` [b, h, w] is not
+    0, pixels are grey."""
     images = pixels.astype(jnp.float32) / 127.5 - 1.0
+    if holes is not None:
+        images = images * (holes == 0)[..., None]
     return params.bind(graphdef, weights).encode(images)
 
 
@@ -106,17 +128,29 @@ def loss(
     objective: Objective, trainable: Weights, frozen: Weights, batch: dict[str, Array], key: Array
 ) -> Float[Array, ""]:
     """Mean error of the UNet's prediction, squared by default; Ho et al. 2020, eq. 14; float32."""
-    moments = moments_of(objective, frozen, batch)
-    num_timesteps = len(objective.schedule.alphas_cumprod)
-    draws = draw(key, latent_shape(moments), num_timesteps, objective.loss)
-    return error(objective, trainable, frozen, batch | {"moments": moments}, draws)
+    batch = encoded(objective, frozen, batch)
+    num_timesteps, shape = len(objective.schedule.alphas_cumprod), latent_shape(batch["moments"])
+    draws = draw(key, shape, num_timesteps, objective.loss)
+    if "masked_moments" in batch:
+        masked_key = jax.random.fold_in(draws.dropout_key, MASKED)
+        draws = draws._replace(masked_noise=jax.random.normal(masked_key, shape))
+    return error(objective, trainable, frozen, batch, draws)
 
 
-def moments_of(objective: Objective, frozen: Weights, batch: dict[str, Array]) -> Array:
-    """VAE moments [b, h, w, 8] of a batch's images: encoded here, or before the first step."""
-    if "moments" in batch:
-        return batch["moments"]
-    return encode_pixels(objective.networks["vae"], frozen["vae"], batch["pixel_values"])
+def encoded(objective: Objective, frozen: Weights, batch: dict[str, Array]) -> dict[str, Array]:
+    """A batch with `moments` [b, h, w, 8], encoded here or before the first step, and for
+    inpainting `masked_moments`, those of the images with their holes."""
+
+    def encode(holes: Array | None = None) -> Array:
+        graphdef, weights = objective.networks["vae"], frozen["vae"]
+        return encode_pixels(graphdef, weights, batch["pixel_values"], holes)
+
+    found = {name: value for name, value in batch.items() if name != "pixel_values"}
+    if "moments" not in batch:
+        found["moments"] = encode()
+    if "inpaint_mask" in batch:
+        found["masked_moments"] = encode(batch["inpaint_mask"])
+    return found
 
 
 def latent_shape(moments: Array) -> tuple[int, ...]:
@@ -147,13 +181,23 @@ def error(
         drawn = jax.random.split(jax.random.fold_in(draws.dropout_key, number), len(keys))
         weights[name] |= dict(zip(keys, drawn, strict=True))
         before[name] |= dict(zip(keys, drawn, strict=True))
-    seen = noisy.astype(objective.dtype)
+    seen = _seen(objective, noisy, batch, draws).astype(objective.dtype)
     predicted = _predict(objective, weights, batch, seen, draws.timesteps)
     if "teacher" in batch:
         wanted = _predict(objective, before, batch, seen, draws.timesteps).astype(jnp.float32)
     else:
         wanted = schedule.target(noising, latents, draws.noise, draws.timesteps)
     return _judged(objective, predicted, wanted, noisy, batch, draws.timesteps)
+
+
+def _seen(objective: Objective, noisy: Latents, batch: dict[str, Array], draws: Draws) -> Features:
+    """What the UNet sees of the images: noisy latents; for inpainting behind them the holes, each
+    latent's that of its first pixel, and the latents of what is left."""
+    if draws.masked_noise is None:
+        return noisy
+    holes = batch["inpaint_mask"][:, ::8, ::8, None].astype(noisy.dtype)
+    left = vae.sample_latents(batch["masked_moments"], draws.masked_noise)
+    return jnp.concatenate([noisy, holes, left * objective.scaling_factor], axis=-1)
 
 
 def _judged(
@@ -195,10 +239,10 @@ def _predict(
     objective: Objective,
     weights: Weights,
     batch: dict[str, Array],
-    noisy: Latents,
+    seen: Features,
     timesteps: Timesteps,
 ) -> Latents:
-    """What the UNet says of noisy latents; guided, where there are negative prompts."""
+    """What the UNet says of what it sees; guided, where there are negative prompts."""
     text, pooled = _text(objective, weights, batch)
     twice = 2 if _is_guided(batch) else 1
 
@@ -206,8 +250,13 @@ def _predict(
         return jnp.concatenate([x] * twice)
 
     added = Added(pooled, again(batch["time_ids"])) if "time_ids" in batch else None
+    inputs, residuals = (again(seen), again(timesteps), text), None
+    if "controlnet" in objective.networks:
+        control = params.bind(objective.networks["controlnet"], weights["controlnet"])
+        image = batch["conditioning_pixel_values"].astype(jnp.float32) / 255
+        residuals = control(*inputs, again(image), added)
     unet = params.bind(objective.networks["unet"], weights["unet"])
-    predicted = unet(again(noisy), again(timesteps), text, added)
+    predicted = unet(*inputs, added, residuals)
     if twice == 1:
         return predicted
     assert objective.loss.guidance is not None, "a plan has guidance where words are pairs"

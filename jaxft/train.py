@@ -25,6 +25,7 @@ from jaxft.assembly import Run
 from jaxft.checkpoint import Checkpoints
 from jaxft.config import Config
 from jaxft.data import bucket_table, latents, loader
+from jaxft.data.records import Record
 from jaxft.data.source import negative, prompt
 from jaxft.errors import UserError
 from jaxft.gallery import write_text
@@ -208,12 +209,18 @@ def _fingerprint(plan: Plan) -> str:
     for dataset in plan.datasets:
         for record, size in zip(dataset.records, dataset.sizes, strict=True):
             mask = record.mask and record.mask.digest
-            cond = f" {record.cond.digest}" if record.cond else ""
+            others = "".join(f" {own}" for own in _beside(record))
             texts = [prompt(record, 0), *record.captions[1:]]
             texts += [negative(record, 0)] if record.recipe.negative else []
             line = f"{dataset.name} {dataset.plan.batch_size} {latents.key(record, size)} "
-            whole.update(f"{line}{record.crop} {record.flip} {mask}{cond} {texts}".encode())
+            whole.update(f"{line}{record.crop} {record.flip} {mask}{others} {texts}".encode())
     return whole.hexdigest()
+
+
+def _beside(record: Record) -> list[str]:
+    """What else of a record batches are made of."""
+    files = [file for file in (record.cond, record.hole) if file is not None]
+    return [file if isinstance(file, str) else file.digest for file in files]
 
 
 def _compile(run: Run, state: TrainState, log: RunLog) -> None:

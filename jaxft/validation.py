@@ -108,9 +108,8 @@ def curve(
     """The mean loss of a batch's images at each timestep, float32."""
     batch = dict(batch)
     seeds = batch.pop(SEED)
-    moments = steps.moments_of(objective, frozen, batch)
-    batch["moments"] = moments
-    _, *shape = steps.latent_shape(moments)
+    batch = steps.encoded(objective, frozen, batch)
+    _, *shape = steps.latent_shape(batch["moments"])
 
     def draw(seed: Array, timestep: Array) -> Any:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), seed), timestep)
@@ -122,6 +121,8 @@ def curve(
         latent_noise, noise, added = jax.vmap(lambda seed: draw(seed, timestep))(seeds)
         times = jnp.full(len(seeds), timestep)
         draws = Draws(latent_noise, noise, added, times, jax.random.key(0))  # nothing is dropped
+        if "masked_moments" in batch:
+            draws = draws._replace(masked_noise=latent_noise)
         return steps.error(objective, trainable, frozen, batch, draws)
 
     return jax.lax.map(at, jnp.asarray(timesteps))

@@ -17,7 +17,7 @@ LAYERS = (
     {"low_rank"},
     {"diffusion", "foreign", "formats", "tuning"},
     {"compat", "config", "merging", "selection", "step"},
-    {"averaging", "loss_options", "sampling", "warm_start", "words"},
+    {"averaging", "controls", "loss_options", "sampling", "warm_start", "words"},
     {"datasets", "optimization", "sample"},
     {"previews"},
     {"compiled", "explain", "inspection", "pickled", "plan", "start", "verify"},

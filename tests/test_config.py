@@ -224,7 +224,7 @@ def test_a_faulty_interpolation_is_named(write, value, says):
         ("lora_unet: [{layers: [], bias: true}]", "lora_unet.0.bias: not supported: "),
         ("lora_text_encoder: [{layers: [], branch: p}]", "lora_text_encoder.0.branch: not support"),
         ("lora_unet: [{rank: x, layers: []}]", "lora_unet.0.rank: must be a number from 0, not"),
-        ("plugin_unet: {c: {_target_: x}}", "plugin_unet: not supported: "),
+        ("plugin_unet: {c: {_target_: x}}", "plugin_unet.c: not supported: "),
         ("model: {ema: {decay_max: 0.9}}", "model.ema: must be a mapping with `_target_` or null"),
         ("model: {ema_unet: 0.9, ema_text_encoder: 0.8}", "model.ema_text_encoder: model.ema, of "),
         ("previewer: {_target_: x}", "previewer._target_: not supported: "),

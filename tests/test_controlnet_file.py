@@ -68,7 +68,7 @@ def test_other_files_and_folders_are_named(folder, tiny_model, tmp_path):
     with pytest.raises(UserError, match=r"is no ControlNet of Stable Diffusion 1\.x or 2\.x"):
         controlnet.from_file(file, {"conv_in.weight": np.zeros(1)})
     with pytest.raises(UserError, match="is in the way"):
-        controlnet.write_folder(folder, controlnet.read_folder(folder))
+        controlnet.write_folder(tiny_model, controlnet.read_folder(folder))
     damaged = Path(shutil.copytree(folder, tmp_path / "damaged"))
     (damaged / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"diffusion_pytorch_model\.safetensors: missing"):

@@ -20,14 +20,18 @@ FILES = [path.stem for path in EXAMPLES if path.stem != "demo"]  # which has tes
 def planned(folders, tmp_path_factory):
     """The plan of an example of that name, each made once."""
     photos, made = photo_folder(tmp_path_factory.mktemp("photos")), {}
+    seen = photo_folder(tmp_path_factory.mktemp("seen"), captions=False)
 
     def of(name: str) -> plan.Plan:
         if name not in made:
             file = f"configs/train/examples/{name}.yaml"
             model = folders("sdxl")[1] if "sdxl" in name else "builtin:demo"
             paths = [f"model.pretrained_model_name_or_path={model}"]
-            for dataset in configs.load(file)[0].data:
-                paths.append(f"data.{dataset}.source.data_source1.img_root={photos}")
+            for dataset, options in configs.load(file)[0].data.items():
+                source_of = f"data.{dataset}.source.data_source1"
+                paths.append(f"{source_of}.img_root={photos}")
+                if options.source.data_source1.cond_dir:
+                    paths.append(f"{source_of}.cond_dir={seen}")
             made[name] = plan.prepare(*configs.load(file, paths))
         return made[name]
 
@@ -41,7 +45,7 @@ def test_an_example_is_planned(planned, name):
     """Each of its groups trains something, and its captions come into the prompts."""
     made = planned(name)
     text = plan.describe(made)
-    parts = ("unet", "text_encoder", "lora_unet", "lora_text_encoder")
+    parts = ("unet", "text_encoder", "controlnet", "lora_unet", "lora_text_encoder")
     wanted = {f"{part}.{group}" for part in parts for group in made.config[part]}
     wanted |= {f"tokenizer_pt.train.{word}" for word in made.config.tokenizer_pt.train}
     used = {label for labels in made.selection.labels.values() for label in labels.values()}

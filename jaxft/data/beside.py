@@ -15,7 +15,11 @@ from jaxft.data.captions import shown, some
 from jaxft.data.images import View
 from jaxft.errors import UserError
 
-KINDS = {"att_mask": "mask", "cond_dir": "conditioning image"}
+KINDS = {
+    "att_mask": "mask",
+    "cond_dir": "conditioning image",
+    "inpaint_mask": "inpainting mask",
+}
 """Key of a source -> what lies in its folder."""
 
 MAX_APART = 0.02

@@ -26,7 +26,8 @@ Batch = dict[str, np.ndarray]
 `pooled_text_embeds` [b, p]), `weight` float32 [b] (0: fills up the batch), either `moments` float32
 [b, h/8, w/8, 8] or `pixel_values` uint8 [b, h, w, 3], for Stable Diffusion XL `time_ids` float32
 [b, 6], where images have masks `mask` float32 [b, h/8, w/8], for a ControlNet
-`conditioning_pixel_values` uint8 [b, h, w, 3], and where words are pairs `negative_input_ids` (and
+`conditioning_pixel_values` uint8 [b, h, w, 3], for inpainting `inpaint_mask` uint8 [b, h, w] (1: to
+be painted anew) and always `pixel_values`, and where words are pairs `negative_input_ids` (and
 `negative_input_ids_2`)."""
 
 
@@ -59,6 +60,8 @@ class Summary(NamedTuple):
     """Images whose parts count as their masks say."""
     num_conditioned: int
     """Images with one beside them that a ControlNet sees."""
+    num_with_holes: int
+    """Images of which an inpainting model paints a part anew."""
     with_negatives: bool
     """Whether there are negative prompts."""
 
@@ -94,17 +97,18 @@ class Dataset:
     def summary(self) -> Summary:
         """What all records come to, gone through once."""
         sizes, negatives = array("i"), False
-        flipped, drawn, kept, masked, conditioned = 0, 0, 0, 0, 0
+        flipped, drawn, kept, masked, conditioned, holes = 0, 0, 0, 0, 0, 0
         for record in self.records:
             sizes.extend(record.size)
             flipped += record.flip
             drawn += record.crop == "random"
             masked += record.mask is not None
             conditioned += record.cond is not None
+            holes += record.hole is not None
             kept += record.mask is not None and record.crop == "mask"
             negatives |= record.recipe.opposites is not None
         originals = np.array(sizes, np.int64).reshape(-1, 2)
-        return Summary(originals, flipped, drawn, kept, masked, conditioned, negatives)
+        return Summary(originals, flipped, drawn, kept, masked, conditioned, holes, negatives)
 
     @property
     def with_masks(self) -> bool:
@@ -115,6 +119,11 @@ class Dataset:
     def with_conditions(self) -> bool:
         """Whether a batch has what a ControlNet sees: of all images, as `datasets` checks."""
         return self.summary.num_conditioned > 0
+
+    @property
+    def with_holes(self) -> bool:
+        """Whether a batch says what of its images is painted anew: of all, as `datasets` checks."""
+        return self.summary.num_with_holes > 0
 
     @property
     def shapes(self) -> list[Shape]:
@@ -180,10 +189,21 @@ class Dataset:
         if self.with_conditions:
             seen = [source.conditioning_pixels(record, size) for record in records]
             batch["conditioning_pixel_values"] = np.stack(seen)
+        if self.with_holes:
+            picks = [self.plan.pick(drawn.epoch, n, "hole") for n in numbers]
+            own = [source.hole(r, size, pick) for r, pick in zip(records, picks, strict=True)]
+            batch["inpaint_mask"] = np.stack(own)
         if self.moments is not None:
             entries = [self.moments[latents.key(record, size)] for record in records]
-            return batch | {"moments": np.stack(entries)}
-        return batch | {"pixel_values": np.stack([source.pixels(r, size) for r in records])}
+            batch["moments"] = np.stack(entries)
+        if self.with_pixels:
+            batch["pixel_values"] = np.stack([source.pixels(r, size) for r in records])
+        return batch
+
+    @property
+    def with_pixels(self) -> bool:
+        """Whether the VAE sees the images in each step."""
+        return self.moments is None or self.with_holes
 
     @property
     def with_negatives(self) -> bool:

@@ -48,6 +48,8 @@ class Record(NamedTuple):
     """How much its parts count in the loss; None: all alike."""
     cond: beside.File | None = None
     """What a ControlNet sees."""
+    hole: beside.File | Literal["random"] | None = None
+    """What an inpainting model paints anew: as a mask says, or another part each time."""
     span: Span | None = None
     """Where its file lies in a tar."""
 
@@ -134,6 +136,7 @@ class Columns:
             CENTRE,
             self._file("att_mask", row),
             self._file("cond_dir", row),
+            self._file("inpaint_mask", row) or shared.hole,
             self._span(row),
         )
 

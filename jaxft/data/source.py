@@ -9,7 +9,18 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from jaxft.builtin.names import resolve
-from jaxft.data import beside, captions, files, images, listing, looks, masks, prompts, templates
+from jaxft.data import (
+    beside,
+    captions,
+    files,
+    holes,
+    images,
+    listing,
+    looks,
+    masks,
+    prompts,
+    templates,
+)
 from jaxft.data.buckets import VAE_STRIDE
 from jaxft.data.captions import shown, some
 from jaxft.data.files import Span
@@ -45,6 +56,7 @@ def index(
     att_mask: str | Path | None = None,
     cond_dir: str | Path | None = None,
     cond_column: str | None = None,
+    inpaint_mask: str | Path | None = None,
     crop: Crop = "center",
     flip: bool = False,
     repeat: int = 1,
@@ -64,7 +76,8 @@ def index(
     if repeat < 1:
         raise UserError(f"repeat: {repeat} must be at least 1")
     folder = resolve(img_root)
-    place, others = _place(caption_file), _others(folder, crop, att_mask, cond_dir)
+    place, drawn = _place(caption_file), inpaint_mask == holes.RANDOM
+    others = _others(folder, crop, att_mask, cond_dir, None if drawn else inpaint_mask)
     found = listing.find(folder, recursive=recursive, without=[*others.values()], kept=kept)
     found, sides = _beside(found, others, recursive, place, cond_column)
     inside = place is not None and found.texts is not None and place.path == folder
@@ -78,16 +91,15 @@ def index(
         kept=kept,
     )
     shared = Record(found.root, "", (0, 0), "", (), recipe, _color(bg_color), crop=crop, flip=flip)
+    shared = shared._replace(hole=holes.RANDOM if drawn else None)
     columns = Columns(shared, {key: side.root for key, side in sides.items()}, repeat)
     problems = [*found.problems, *texts.problems]
     problems += [problem for side in sides.values() for problem in side.problems]
     told = _look(found, sides, texts.texts, columns, min_size or 0, kept)
     _check_usable(img_root, [*dict.fromkeys(problems + told.problems)])  # tables are read twice
-    if not len(columns):
-        raise UserError(f"min_size: all images have a side of fewer than {min_size} pixels")
-    notices = [*found.notices, *texts.notices, *told.notices]
+    _check_any(columns, min_size)
+    notices = [*found.notices, *texts.notices, *told.notices, *_unused(recipe, place is not None)]
     notices += [notice for side in sides.values() for notice in side.notices]
-    notices += _unused(recipe, caption_file is not None)
     return Source(Records([columns]), [f"{img_root}: {notice}" for notice in notices])
 
 
@@ -129,12 +141,10 @@ def _look(
     return _Told(problems, surprises.notices + known)
 
 
-def _others(
-    folder: Path, crop: Crop, att_mask: str | Path | None, cond_dir: str | Path | None
-) -> dict[str, Path]:
-    """The folders, by key, of what lies beside the images."""
-    given = {"att_mask": att_mask, "cond_dir": cond_dir}
-    others = {key: resolve(place) for key, place in given.items() if place is not None}
+def _others(folder: Path, crop: Crop, *given: str | Path | None) -> dict[str, Path]:
+    """The folders, by key of `beside.KINDS`, of what lies beside the images."""
+    pairs = zip(beside.KINDS, given, strict=True)
+    others = {key: resolve(place) for key, place in pairs if place is not None}
     if "att_mask" not in others and crop == "mask":
         raise UserError("crop: mask keeps what a mask shows; name att_mask, or use center")
     for key, place in others.items():
@@ -209,6 +219,11 @@ def _check_usable(img_root: str | Path, problems: list[str]) -> None:
     )
 
 
+def _check_any(columns: Columns, min_size: int | None) -> None:
+    if not len(columns):
+        raise UserError(f"min_size: all images have a side of fewer than {min_size} pixels")
+
+
 def pixels(record: Record, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
     """The record's view of its image at `size` (width, height): scaled to cover it, or as it is,
     and cropped.
@@ -243,6 +258,19 @@ def conditioning_pixels(record: Record, size: tuple[int, int]) -> UInt8[np.ndarr
     data = _unchanged(record.cond.path, record.cond.digest)
     image = images.decode(data, record.bg_color)
     return beside.pixels(image, record.size, size, record.view, scaled=record.scaled)
+
+
+def hole(record: Record, size: tuple[int, int], pick: int) -> UInt8[np.ndarray, "h w"]:
+    """What of `pixels` is painted anew, 1 or 0: as the record's mask says, or a number of 64 bits.
+
+    Raises:
+        UserError: the mask's file is gone, or another than when it was indexed.
+    """
+    assert record.hole is not None, "is asked for where there is one"
+    if isinstance(record.hole, str):
+        return holes.drawn(size, pick)
+    data = _unchanged(record.hole.path, record.hole.digest)
+    return holes.of_mask(data, record.size, size, record.view, scaled=record.scaled)
 
 
 def _unchanged(path: Path, digest: str, span: Span | None = None) -> bytes:

@@ -9,8 +9,10 @@ long as the ControlNet belongs to Stable Diffusion 1.x or 2.x; those for XL were
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
+
+import numpy as np
 
 from jaxft import gallery, params, tensor_file
 from jaxft.errors import UserError
@@ -25,8 +27,11 @@ STEM = "diffusion_pytorch_model"
 CONTEXT = f"{PREFIX}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 """The layer whose columns are the width of the text encoder."""
 
+HINT = "controlnet_cond_embedding"
+"""What brings the image to the latents' size."""
+
 HINT_WIDTHS = "conditioning_embedding_out_channels"
-"""The option that says how the image is brought to the latents' size."""
+"""The option that says how wide that is."""
 
 
 def names(config: Mapping[str, Any]) -> dict[str, str]:
@@ -37,7 +42,7 @@ def names(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _own(config: Mapping[str, Any]) -> Pairs:
     """What a ControlNet has and a UNet has not."""
-    hint, blocks = "controlnet_cond_embedding", 2 * len(config[HINT_WIDTHS]) - 2
+    hint, blocks = HINT, 2 * len(config[HINT_WIDTHS]) - 2
     yield from layer(f"{hint}.conv_in", "input_hint_block.0")
     for i in range(blocks):
         yield from layer(f"{hint}.blocks.{i}", f"input_hint_block.{2 * i + 2}")
@@ -45,6 +50,26 @@ def _own(config: Mapping[str, Any]) -> Pairs:
     for i in range(len(encoder.skip_widths(SimpleNamespace(**config)))):
         yield from layer(f"controlnet_down_blocks.{i}", f"zero_convs.{i}.0")
     yield from layer("controlnet_mid_block", "middle_block_out.0")
+
+
+def from_unet(unet: Component, seed: int) -> Component:
+    """A ControlNet that adds nothing yet; Zhang et al. 2023, section 3: the UNet's way down, what
+    brings the image to it, drawn by a seed as PyTorch draws convolutions, and zeros behind both."""
+    copied = (*encoder.FREE, *encoder.FIXED, *encoder.IGNORED, "_diffusers_version")
+    config = {key: unet.config[key] for key in copied if key in unet.config}
+    config |= {key: value for key, value in FREE.items() if key not in encoder.FREE}
+    config |= {"_class_name": "ControlNetModel", HINT_WIDTHS: [*FREE[HINT_WIDTHS]]}
+    known, rng, weights = shapes(ControlNetModel, config), np.random.default_rng(seed), {}
+    for name in sorted(known):
+        shape, layer = known[name].shape, name.rpartition(".")[0]
+        if name in unet.params:
+            weights[name] = unet.params[name]
+        elif layer == f"{HINT}.conv_out" or not layer.startswith(HINT):
+            weights[name] = np.zeros(shape, np.float32)
+        else:
+            bound = np.prod(known[f"{layer}.weight"].shape[1:]) ** -0.5
+            weights[name] = rng.uniform(-bound, bound, shape).astype(np.float32)
+    return Component(config, weights)
 
 
 def read_folder(folder: Path) -> Component:
@@ -97,31 +122,39 @@ def _published(path: Path, shape: tuple[int, ...]) -> dict[str, Any]:
 
 
 def write_folder(folder: Path, component: Component, dtype: str | None = None) -> None:
-    """Writes a folder that `ControlNetModel.from_pretrained` opens.
+    """Writes a folder that `ControlNetModel.from_pretrained` opens; an earlier one is replaced.
 
     Args:
-        folder: where to; new or empty.
+        folder: where to.
         component: the ControlNet.
         dtype: `fp32`, `fp16` or `bf16`; None: as it is.
 
     Raises:
-        UserError: there is something in the folder.
+        UserError: there is something else in the folder.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: is in the way; name another folder")
     file = folder / f"{STEM}.safetensors"
+    if folder.exists() and (
+        not folder.is_dir() or {path.name for path in folder.iterdir()} - {"config.json", file.name}
+    ):
+        raise UserError(f"{folder}: is in the way; name another folder")
     tensor_file.write(file, component.params, dtype=dtype and params.DTYPES[dtype])
     text = json.dumps(component.config, indent=2, sort_keys=True) + "\n"
     gallery.write_text(folder / "config.json", text)
 
 
-def write_file(path: Path, component: Component, dtype: str | None = None) -> None:
+def write_file(
+    path: Path,
+    component: Component,
+    dtype: str | None = None,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Writes the single file.
 
     Args:
         path: the file.
         component: the ControlNet.
         dtype: `fp32`, `fp16` or `bf16`; None: as it is.
+        metadata: more for its header.
 
     Raises:
         UserError: it belongs to Stable Diffusion XL.
@@ -133,7 +166,7 @@ def write_file(path: Path, component: Component, dtype: str | None = None) -> No
             f"the folder's {STEM}.safetensors"
         )
     base = published.SD21_BASE if config["use_linear_projection"] else published.SD15
-    texts = modelspec.header(base, path.stem, "controlnet")
+    texts = modelspec.header(base, path.stem, "controlnet") | {**metadata}
     texts[webui.CONFIGS] = webui.configs_text({"controlnet": component.config})
     stored = {key: component.params[name] for name, key in names(component.config).items()}
     tensor_file.write(path, stored, texts, dtype and params.DTYPES[dtype])

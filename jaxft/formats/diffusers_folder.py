@@ -102,6 +102,12 @@ def read(name_or_path: str, *, revision: str | None = None, variant: str | None 
     return Model(configs.family, parts, configs.scheduler, tokenizers, folder)
 
 
+def is_inpainting(model: Model) -> bool:
+    """Whether the UNet takes a mask and the latents of a masked picture besides the noisy ones."""
+    latents = model.parts["vae"].config.get("latent_channels", 4)
+    return model.parts["unet"].config.get("in_channels", 4) == 2 * latents + 1
+
+
 def check_text_to_image(model: Model) -> None:
     """Raises UserError unless the model makes pictures of text and noise alone."""
     channels = model.parts["unet"].config.get("in_channels", 4)

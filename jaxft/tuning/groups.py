@@ -23,13 +23,19 @@ class Group(NamedTuple):
     """Rate of a LoRA's `up` over the group's; Hayou et al. 2024 (https://arxiv.org/abs/2402.12354)."""
 
 
+_ATTENTION, _TRANSFORMERS = [r"re:.*\.attn\d+$"], [r"re:.*\battentions\.\d+$"]
 PRESETS: dict[str, dict[str, list[str]]] = {
-    "attn": {"unet": [r"re:.*\.attn\d+$"], "text_encoder": [r"re:.*\bself_attn$"]},
+    "attn": {
+        "unet": _ATTENTION,
+        "controlnet": _ATTENTION,
+        "text_encoder": [r"re:.*\bself_attn$"],
+    },
     "attn-mlp": {
-        "unet": [r"re:.*\battentions\.\d+$"],
+        "unet": _TRANSFORMERS,
+        "controlnet": _TRANSFORMERS,
         "text_encoder": [r"re:.*\bself_attn$", r"re:.*\bmlp$"],
     },
-    "full": {"unet": [""], "text_encoder": [""]},
+    "full": {"unet": [""], "controlnet": [""], "text_encoder": [""]},
 }
 """Name -> network -> patterns: attention; whole transformers, as in kohya's trainer; everything."""
 
