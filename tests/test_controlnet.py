@@ -237,7 +237,7 @@ def test_one_of_xl_is_exported_under_diffusers_names_for_webuis_too(recipe, fold
     trained = assembly.initial(made)
     file, folder = records.export(made, trained, {}, tmp_path / "run")
     assert (file.name, folder.name) == ("run-controlnet.safetensors", "run-controlnet")
-    opened = TorchControlNet.from_pretrained(folder, local_files_only=True)
-    assert opened.config["addition_embed_type"] == "text_time"
+    opened: Any = TorchControlNet.from_pretrained(folder, local_files_only=True)
+    assert opened.config.addition_embed_type == "text_time"
     for found in (weights(opened), tensor_file.read(file)):
         assert same_bits(found, trained[controls.PART])
