@@ -63,6 +63,7 @@ def assemble(plan: Plan) -> Run:
     programs = Programs(
         objective,
         plan.optimizer,
+        plan.selection.labels,
         plan.mesh,
         loss_weights=[dataset.loss_weight for dataset in plan.datasets],
         accumulation=plan.accumulation,

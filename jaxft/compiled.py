@@ -19,8 +19,10 @@ from jaxtyping import Array, Float
 
 from jaxft import mesh as meshes
 from jaxft import step as steps
+from jaxft.diffusion import losses
 from jaxft.hosts import progress
-from jaxft.step import Objective, TrainState, Weights
+from jaxft.step import Judged, Objective, TrainState, Weights
+from jaxft.tuning.groups import Labels
 
 Batch = Mapping[str, Any]
 """See `jaxft.step`."""
@@ -31,10 +33,16 @@ Signature = tuple[tuple[str, tuple[int, ...]], ...]
 class Metrics(NamedTuple):
     """Numbers of one step, still on the device."""
 
-    losses: list[list[Float[Array, ""]]]
+    losses: Float[Array, "d p"]
     """Of each data set, one for each part of an accumulated step."""
+    by_range: Float[Array, "d 2 r"]
+    """Of each data set and range of timesteps, `losses.by_range` of all parts."""
     grad_norm: Float[Array, ""]
     """Before clipping; where it is not finite, nothing was updated."""
+    grad_norms: dict[str, Float[Array, ""]]
+    """Of each group."""
+    update_ratios: dict[str, Float[Array, ""]]
+    """Of each group: norm of what was added to its weights / norm of the weights."""
 
 
 class Programs:
@@ -44,6 +52,7 @@ class Programs:
         self,
         objective: Objective,
         optimizer: optax.GradientTransformation,
+        labels: Labels,
         mesh: Mesh,
         *,
         loss_weights: Sequence[float],
@@ -51,6 +60,7 @@ class Programs:
         averages: bool = False,
     ):
         self._objective, self._optimizer, self._mesh = objective, optimizer, mesh
+        self._labels, self._accumulation = labels, accumulation
         self._factors = [weight / accumulation for weight in loss_weights]
         self._init = functools.partial(steps.init, optimizer, averages=averages)
         self._lanes = _lanes(mesh, len(loss_weights))
@@ -92,7 +102,8 @@ class Programs:
             for shapes in batches
             for batch in shapes
         }
-        jobs["update"] = (self._update(where), (state, (grads,) * len(self._lanes)))
+        judged = [self._judged(shapes[0]) for shapes in batches]
+        jobs["update"] = (self._update(where), (state, (grads,) * len(self._lanes), judged))
         if self._adds_up:
             zeros = functools.partial(jax.tree.map, jnp.zeros_like, grads)
             jobs["zeros"] = (jax.jit(zeros, out_shardings=where.trainable), ())
@@ -119,11 +130,11 @@ class Programs:
         `state` is used up: its memory holds what is returned.
         """
         add_up = functools.partial(self._add_up, state, frozen, key, batches)
-        totals, values = zip(*self._threads.map(add_up, self._lanes), strict=True)
-        losses = [losses for lane in values for losses in lane]
+        totals, found = zip(*self._threads.map(add_up, self._lanes), strict=True)
+        judged = [parts for lane in found for parts in lane]
         average = state.average  # is not the update's matter
-        state, norm = self._compiled["update"](state._replace(average={}), totals)
-        return state._replace(average=average), Metrics(losses, norm)
+        state, metrics = self._compiled["update"](state._replace(average={}), totals, judged)
+        return state._replace(average=average), metrics
 
     def average(self, state: TrainState, share: float) -> TrainState:
         """The state with its average moved by `share` of its way to the weights; uses it up."""
@@ -137,19 +148,19 @@ class Programs:
         key: Array,
         batches: Sequence[Sequence[Batch]],
         lane: Sequence[int],
-    ) -> tuple[Any, list[list[Array]]]:
-        """The weighted sum of a lane's gradients, and the losses of each of its data sets."""
+    ) -> tuple[Any, list[list[Judged]]]:
+        """The weighted sum of a lane's gradients, and each of its data sets' batches judged."""
         total = self._compiled["zeros"]() if self._adds_up else None
-        losses: list[list[Array]] = []
+        judged: list[list[Judged]] = []
         for dataset in lane:
-            losses.append([])
+            judged.append([])
             for part, batch in enumerate(batches[dataset]):
                 program, numbers = self._compiled[_signature(batch)], self._numbers(dataset, part)
-                value, total = program(
+                found, total = program(
                     state.trainable, frozen, batch, *numbers, key, state.step, total
                 )
-                losses[-1].append(value)
-        return total, losses
+                judged[-1].append(found)
+        return total, judged
 
     def memory(self, state: TrainState, frozen: Weights) -> int:
         """Bytes on a device at the most: what is held, and what the program that needs most adds to
@@ -184,12 +195,39 @@ class Programs:
         return jax.jit(run, donate_argnames="total", out_shardings=where)
 
     def _update(self, where: TrainState) -> Callable:
-        def run(state, totals):
+        num_timesteps = len(self._objective.schedule.alphas_cumprod)
+
+        def in_ranges(judged: Judged) -> Array:
+            _, errors, weight, timesteps = (x.ravel() for x in judged)
+            return losses.by_range(errors, weight, timesteps, num_timesteps)
+
+        def run(state, totals, judged):
             grads = functools.reduce(functools.partial(jax.tree.map, jnp.add), totals)
-            return steps.update(self._optimizer, state, grads)
+            new, norm, updates = steps.update(self._optimizer, state, grads)
+            moved, weights, own = (
+                steps.norms(self._labels, tree) for tree in (updates, state.trainable, grads)
+            )
+            joined = [jax.tree.map(lambda *each: jnp.stack(each), *parts) for parts in judged]
+            return new, Metrics(
+                jnp.stack([dataset.loss for dataset in joined]),
+                jnp.stack([in_ranges(dataset) for dataset in joined]),
+                norm,
+                own,
+                jax.tree.map(jnp.divide, moved, weights),
+            )
 
         where_all = (where, meshes.replicated(self._mesh))
         return jax.jit(run, donate_argnums=0, out_shardings=where_all)
+
+    def _judged(self, batch: Batch) -> list[Judged]:
+        """The shapes of what is said of a data set's batches, of each part of a step."""
+        where = meshes.replicated(self._mesh)
+
+        def shape(*sizes: int, dtype: Any = np.float32) -> Any:
+            return jax.ShapeDtypeStruct(sizes, dtype, sharding=where)
+
+        (b,) = batch["weight"].shape
+        return [Judged(shape(), shape(b), shape(b), shape(b, dtype=np.int32))] * self._accumulation
 
     def _abstract(self, batch: Batch) -> Any:
         where = meshes.batch_sharding(self._mesh)

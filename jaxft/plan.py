@@ -177,6 +177,11 @@ def _check_counts(config: Config) -> None:
         raise UserError(f"train.train_epochs: {train.train_epochs} must be at least 1")
     if train.workers < 0:
         raise UserError(f"train.workers: {train.workers} must be at least 0")
+    if config.logger.log_step.wandb is not None and config.logger.wandb is None:
+        raise UserError(
+            "logger.log_step.wandb: nothing goes to Weights & Biases; name a project in "
+            "logger.wandb, or leave it out"
+        )
     if not config.data:
         raise UserError("data: no data set; inherit configs/train/dataset/base_dataset.yaml")
 

@@ -28,6 +28,7 @@ from jaxft.models import vae
 from jaxft.models.encoder import Added
 from jaxft.shapes import NEGATIVE, TEXT_INPUTS, TEXT_STATES, Latents, Params, Pixels, Timesteps
 from jaxft.tuning import rounding, schedule_free
+from jaxft.tuning.groups import Labels
 
 Weights = dict[str, Params]
 """Network (`unet`, `vae`, `text_encoder`) -> its weights, or some of them; `lora_unet`, … -> the
@@ -75,6 +76,17 @@ class Draws(NamedTuple):
     dropout_key: Array
 
 
+class Judged(NamedTuple):
+    """A batch by the network's predictions."""
+
+    loss: Float[Array, ""]
+    """What is made small: the mean of the images' errors."""
+    errors: Float[Array, " b"]
+    weight: Float[Array, " b"]
+    """How much each image counts."""
+    timesteps: Timesteps
+
+
 def draw(
     key: Array, shape: tuple[int, ...], num_timesteps: int, how: losses.Loss = losses.PLAIN
 ) -> Draws:
@@ -106,10 +118,19 @@ def loss(
     objective: Objective, trainable: Weights, frozen: Weights, batch: dict[str, Array], key: Array
 ) -> Float[Array, ""]:
     """Mean error of the UNet's prediction, squared by default; Ho et al. 2020, eq. 14; float32."""
+    return judged(objective, trainable, frozen, batch, key).loss
+
+
+def judged(
+    objective: Objective, trainable: Weights, frozen: Weights, batch: dict[str, Array], key: Array
+) -> Judged:
+    """`loss`, and what it is the mean of."""
     moments = moments_of(objective, frozen, batch)
     num_timesteps = len(objective.schedule.alphas_cumprod)
     draws = draw(key, latent_shape(moments), num_timesteps, objective.loss)
-    return error(objective, trainable, frozen, batch | {"moments": moments}, draws)
+    found = errors(objective, trainable, frozen, batch | {"moments": moments}, draws)
+    weight = batch["weight"]
+    return Judged(losses.mean(found, weight), found, weight, draws.timesteps)
 
 
 def moments_of(objective: Objective, frozen: Weights, batch: dict[str, Array]) -> Array:
@@ -129,14 +150,14 @@ def weights_of(name: str, trainable: Weights, frozen: Weights) -> Params:
     return frozen.get(name, {}) | trainable.get(name, {}) | trainable.get(f"lora_{name}", {})
 
 
-def error(
+def errors(
     objective: Objective,
     trainable: Weights,
     frozen: Weights,
     batch: dict[str, Array],
     draws: Draws,
-) -> Float[Array, ""]:
-    """`loss`, of a batch with moments, at the noise and the timesteps that were drawn."""
+) -> Float[Array, " b"]:
+    """The error of each image of a batch with moments, at the noise and the timesteps drawn."""
     nets, noising = objective.networks, objective.schedule
     parts = (*nets, "words")
     weights = {name: weights_of(name, trainable, frozen) for name in parts}
@@ -153,27 +174,26 @@ def error(
         wanted = _predict(objective, before, batch, seen, draws.timesteps).astype(jnp.float32)
     else:
         wanted = schedule.target(noising, latents, draws.noise, draws.timesteps)
-    return _judged(objective, predicted, wanted, noisy, batch, draws.timesteps)
+    return _compared(objective, predicted, wanted, noisy, batch, draws.timesteps)
 
 
-def _judged(
+def _compared(
     objective: Objective,
     predicted: Latents,
     wanted: Latents,
     noisy: Latents,
     batch: dict[str, Array],
     timesteps: Timesteps,
-) -> Float[Array, ""]:
-    """The mean error of predictions."""
+) -> Float[Array, " b"]:
+    """The error of each image's prediction."""
     how, mask = objective.loss, batch.get("mask")
     scale, unit = (
         None if table is None else jnp.asarray(table)[timesteps]
         for table in (how.weights, how.units)
     )
-    value = losses.mean_error(
+    each = losses.image_errors(
         predicted,
         wanted,
-        batch["weight"],
         error=how.error,
         scale=scale,
         unit=unit,
@@ -184,11 +204,10 @@ def _judged(
         latents, truth = (
             schedule.clean(objective.schedule, one, noisy, timesteps) for one in (predicted, wanted)
         )
-        errors = ssim.dissimilarity(latents, truth)
+        unlike = ssim.dissimilarity(latents, truth)
         inner = None if mask is None else ssim.inner(mask)
-        each = losses.of_each(errors, inner, normalise_mask=how.normalise_mask)
-        value += how.ssim * losses.mean(each, batch["weight"])
-    return value
+        each += how.ssim * losses.of_each(unlike, inner, normalise_mask=how.normalise_mask)
+    return each
 
 
 def _predict(
@@ -249,16 +268,17 @@ def gradients(
     key: Array,
     total: Weights | None,
     gathered: Callable[[Weights], Weights] = lambda weights: weights,
-) -> tuple[Float[Array, ""], Weights]:
-    """A batch's loss, and `total` plus `factor` times its gradient (None: nothing to add to), which
+) -> tuple[Judged, Weights]:
+    """A batch judged, and `total` plus `factor` times its gradient (None: nothing to add to), which
     is float32. `gathered` makes of weights as they lie on devices those that are computed with."""
 
-    def loss_of(trained: Weights) -> Array:
-        return loss(objective, gathered(trained), gathered(frozen), batch, key)
+    def loss_of(trained: Weights) -> tuple[Array, Judged]:
+        found = judged(objective, gathered(trained), gathered(frozen), batch, key)
+        return found.loss, found
 
-    value, grads = jax.value_and_grad(loss_of)(_whole(trainable))
+    (_, found), grads = jax.value_and_grad(loss_of, has_aux=True)(_whole(trainable))
     grads = jax.tree.map(lambda g: factor * g, grads)
-    return value, grads if total is None else jax.tree.map(jnp.add, total, grads)
+    return found, grads if total is None else jax.tree.map(jnp.add, total, grads)
 
 
 def init(
@@ -282,21 +302,32 @@ def averaged(average: Weights, trainable: Weights, share: Float[Array, ""] | flo
 
 def update(
     optimizer: optax.GradientTransformation, state: TrainState, grads: Weights
-) -> tuple[TrainState, Float[Array, ""]]:
-    """The next state and the gradient's global norm before clipping.
+) -> tuple[TrainState, Float[Array, ""], Weights]:
+    """The next state, the gradient's global norm before clipping, and what the weights have got.
 
     A gradient that is not finite leaves weights and optimizer as they were, bit for bit.
     """
     norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
     finite = jnp.isfinite(norm)
     whole = _whole(state.trainable)
+    updates: Any
     updates, opt_state = optimizer.update(grads, state.opt_state, whole)
     moved = rounding.like(optax.apply_updates(whole, updates), state.trainable, state.step)
     changed = (moved, opt_state)
     trainable, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), changed, (state.trainable, state.opt_state)
     )
-    return TrainState(state.step + 1, trainable, opt_state, state.average), norm
+    return TrainState(state.step + 1, trainable, opt_state, state.average), norm, updates
+
+
+def norms(labels: Labels, weights: Weights) -> dict[str, Float[Array, ""]]:
+    """Euclidean norm of all numbers of each group."""
+    squares: dict[str, Array] = {}
+    for part, own in _whole(weights).items():
+        for name, value in own.items():
+            group, square = labels[part][name], jnp.sum(jnp.square(value))
+            squares[group] = squares[group] + square if group in squares else square
+    return {group: jnp.sqrt(square) for group, square in squares.items()}
 
 
 def result(state: TrainState) -> Weights:

@@ -19,6 +19,7 @@ from jaxft import mesh as meshes
 from jaxft import step as steps
 from jaxft.assembly import Run
 from jaxft.data.loader import Dataset
+from jaxft.diffusion import losses
 from jaxft.diffusion import noise as noises
 from jaxft.log import RunLog
 from jaxft.step import Draws, Objective, TrainState, Weights
@@ -122,6 +123,8 @@ def curve(
         latent_noise, noise, added = jax.vmap(lambda seed: draw(seed, timestep))(seeds)
         times = jnp.full(len(seeds), timestep)
         draws = Draws(latent_noise, noise, added, times, jax.random.key(0))  # nothing is dropped
-        return steps.error(objective, trainable, frozen, batch, draws)
+        return losses.mean(
+            steps.errors(objective, trainable, frozen, batch, draws), batch["weight"]
+        )
 
     return jax.lax.map(at, jnp.asarray(timesteps))

@@ -93,6 +93,7 @@ class Ours:
         self.programs = Programs(
             objective,
             optimizer,
+            labels,
             self.mesh,
             loss_weights=[1.0],
             accumulation=1,

@@ -68,14 +68,15 @@ class Training:
         }
         noising = schedule.from_config({"beta_schedule": "scaled_linear"})
         self.objective = step.Objective({"unet": graphdef}, noising, 0.18215, jnp.float32)
-        labels = {"unet": dict.fromkeys(self.trainable["unet"], "all")}
-        self.optimizer = optimizers.grouped(labels, {"all": optimizers.adamw(2e-4)}, 1.0)
+        self.labels = {"unet": dict.fromkeys(self.trainable["unet"], "all")}
+        self.optimizer = optimizers.grouped(self.labels, {"all": optimizers.adamw(2e-4)}, 1.0)
 
     def programs(self, mesh: Mesh) -> Programs:
         """Not compiled yet."""
         return Programs(
             self.objective,
             self.optimizer,
+            self.labels,
             mesh,
             loss_weights=[1.0],
             accumulation=1,

@@ -44,7 +44,7 @@ def test_errors_are_pytorchs(name, options, rng):
     node = {"_target_": f"torch.nn.{name}", "reduction": "none", **options}
     error = compat.build(node, "criterion", "train.loss.criterion").error
     predicted, wanted = (rng.standard_normal((2, 3, 4, 4), np.float32) for _ in range(2))
-    ours = losses.mean_error(predicted, wanted, jnp.ones(2), error=error)
+    ours = losses.image_errors(predicted, wanted, error=error).mean()
     theirs = getattr(torch.nn, name)(**options)(torch.tensor(predicted), torch.tensor(wanted))
     assert ours == pytest.approx(float(theirs), rel=1e-5)
 
@@ -66,7 +66,7 @@ def test_the_guides_branch_writes_the_plain_loss_in_its_own_way():
 def test_an_image_is_scaled_by_the_weight_of_its_timestep(rng):
     predicted, wanted = (rng.standard_normal((3, 2, 2, 4), np.float32) for _ in range(2))
     counts, scale = jnp.array([1.0, 1.0, 0.0]), jnp.array([0.5, 2.0, 7.0])
-    ours = losses.mean_error(predicted, wanted, counts, scale=scale)
+    ours = losses.mean(losses.image_errors(predicted, wanted, scale=scale), counts)
     each = np.mean(np.square(predicted - wanted), axis=(1, 2, 3))
     assert ours == pytest.approx((0.5 * each[0] + 2.0 * each[1]) / 2, rel=1e-6)
 
