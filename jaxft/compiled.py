@@ -19,7 +19,9 @@ from jaxtyping import Array, Float
 
 from jaxft import mesh as meshes
 from jaxft import step as steps
-from jaxft.diffusion import losses
+from jaxft.diffusion import importance
+from jaxft.diffusion.importance import Found
+from jaxft.diffusion.losses import by_range
 from jaxft.hosts import progress
 from jaxft.step import Judged, Objective, TrainState, Weights
 from jaxft.tuning.groups import Labels
@@ -62,11 +64,18 @@ class Programs:
         self._objective, self._optimizer, self._mesh = objective, optimizer, mesh
         self._labels, self._accumulation = labels, accumulation
         self._factors = [weight / accumulation for weight in loss_weights]
-        self._init = functools.partial(steps.init, optimizer, averages=averages)
+        self._averages = averages
         self._lanes = _lanes(mesh, len(loss_weights))
         self._adds_up = accumulation * len(self._lanes[0]) > 1
         self._threads = ThreadPoolExecutor(len(self._lanes))
         self._compiled: dict[Any, Any] = {}
+
+    def _init(self, trainable: Weights) -> TrainState:
+        state = steps.init(self._optimizer, trainable, averages=self._averages)
+        how = self._objective.loss.importance
+        if how is None:
+            return state
+        return state._replace(memory=importance.begin(how, len(self._factors)))
 
     def state(self, trainable: Weights) -> TrainState:
         """Shapes and shardings of the state for these weights (arrays or shapes)."""
@@ -97,7 +106,10 @@ class Programs:
         jobs: dict[Any, tuple[Any, tuple]] = {
             _signature(batch): (
                 self._gradients(where.trainable),
-                (state.trainable, frozen, self._abstract(batch), *numbers, key, state.step, total),
+                (
+                    *(state.trainable, frozen, self._abstract(batch), *numbers, key),
+                    *(state.step, state.memory, total),
+                ),
             )
             for shapes in batches
             for batch in shapes
@@ -157,7 +169,7 @@ class Programs:
             for part, batch in enumerate(batches[dataset]):
                 program, numbers = self._compiled[_signature(batch)], self._numbers(dataset, part)
                 found, total = program(
-                    state.trainable, frozen, batch, *numbers, key, state.step, total
+                    state.trainable, frozen, batch, *numbers, key, state.step, state.memory, total
                 )
                 judged[-1].append(found)
         return total, judged
@@ -185,34 +197,35 @@ class Programs:
         objective = self._objective
         gathered = functools.partial(meshes.gathered, self._mesh)
 
-        def run(trainable, frozen, batch, dataset, part, factor, key, step, total):
+        def run(trainable, frozen, batch, dataset, part, factor, key, step, memory, total):
             key = steps.batch_key(key, step, dataset, part)
+            own = jax.tree.map(lambda of_all: of_all[dataset], memory)
             return steps.gradients(
-                objective, factor, trainable, frozen, batch, key, total, gathered
+                objective, factor, trainable, frozen, batch, key, total, gathered, own
             )
 
         where = (meshes.replicated(self._mesh), where)
         return jax.jit(run, donate_argnames="total", out_shardings=where)
 
     def _update(self, where: TrainState) -> Callable:
-        num_timesteps = len(self._objective.schedule.alphas_cumprod)
-
-        def in_ranges(judged: Judged) -> Array:
-            _, errors, weight, timesteps = (x.ravel() for x in judged)
-            return losses.by_range(errors, weight, timesteps, num_timesteps)
+        how, count = self._objective.loss.importance, len(self._objective.schedule.alphas_cumprod)
 
         def run(state, totals, judged):
             grads = functools.reduce(functools.partial(jax.tree.map, jnp.add), totals)
             new, norm, updates = steps.update(self._optimizer, state, grads)
-            moved, weights, own = (
-                steps.norms(self._labels, tree) for tree in (updates, state.trainable, grads)
+            joined = [jax.tree.map(lambda *each: jnp.hstack(each), *parts) for parts in judged]
+            if how is not None:
+                good = jnp.isfinite(norm)
+                found = [Found(d.errors, d.timesteps, good & (d.weight > 0)) for d in joined]
+                new = new._replace(memory=importance.remember(how, state.memory, found))
+            of_each, moved, weights = (
+                steps.norms(self._labels, tree) for tree in (grads, updates, state.trainable)
             )
-            joined = [jax.tree.map(lambda *each: jnp.stack(each), *parts) for parts in judged]
             return new, Metrics(
-                jnp.stack([dataset.loss for dataset in joined]),
-                jnp.stack([in_ranges(dataset) for dataset in joined]),
+                jnp.stack([d.loss for d in joined]),
+                jnp.stack([by_range(d.errors, d.weight, d.timesteps, count) for d in joined]),
                 norm,
-                own,
+                of_each,
                 jax.tree.map(jnp.divide, moved, weights),
             )
 

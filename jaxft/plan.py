@@ -142,6 +142,7 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
             *selected.notices,
             *steered.notices,
             *_not_written(config, selected),
+            *_alike(judged, total_steps * train.gradient_accumulation_steps, sets),
             *told,
         ],
     )
@@ -165,6 +166,20 @@ def _not_written(config: Config, selected: Selection) -> list[str]:
     return [
         f"export.{name}: not written: words alone are trained, the model stays as it was"
         for name in wanted
+    ]
+
+
+def _alike(judged: Loss, batches: int, sets: Sequence[Dataset]) -> list[str]:
+    """A notice of losses that are too few to draw timesteps by."""
+    how = judged.importance
+    if how is None:
+        return []
+    return [
+        f"train.loss.timesteps: importance has no effect on {dataset.name}: of its "
+        f"{batches * dataset.plan.batch_size} images too few come to each range; lower ranges or "
+        "history of timesteps_kwargs"
+        for dataset in sets
+        if batches * dataset.plan.batch_size < how.ranges * how.history
     ]
 
 

@@ -22,7 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxft import params
-from jaxft.diffusion import conditioning, losses, schedule, ssim, weighting
+from jaxft.diffusion import conditioning, importance, losses, schedule, ssim, weighting
 from jaxft.diffusion import noise as noises
 from jaxft.models import vae
 from jaxft.models.encoder import Added
@@ -46,6 +46,8 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     average: Weights
     """Of `trainable`, float32; empty where none is kept."""
+    memory: importance.Memory | None = None
+    """Of the data sets' losses; None where timesteps are not drawn by them."""
 
 
 class Objective(NamedTuple):
@@ -74,6 +76,8 @@ class Draws(NamedTuple):
     """What is added to the latents."""
     timesteps: Timesteps
     dropout_key: Array
+    importance: Float[Array, " b"] | None = None
+    """How much images count at these timesteps: 1 / (their chances × T); None: all alike."""
 
 
 class Judged(NamedTuple):
@@ -83,22 +87,32 @@ class Judged(NamedTuple):
     """What is made small: the mean of the images' errors."""
     errors: Float[Array, " b"]
     weight: Float[Array, " b"]
-    """How much each image counts."""
+    """How much each image counts, more at timesteps that are seldom drawn for their small loss."""
     timesteps: Timesteps
 
 
 def draw(
-    key: Array, shape: tuple[int, ...], num_timesteps: int, how: losses.Loss = losses.PLAIN
+    key: Array,
+    shape: tuple[int, ...],
+    num_timesteps: int,
+    how: losses.Loss = losses.PLAIN,
+    memory: importance.Memory | None = None,
 ) -> Draws:
     """Noise and timesteps for latents [b, h, w, c]; the same on any number of devices."""
     latent_key, noise_key, time_key, dropout_key = jax.random.split(key, 4)
-    if how.chances is None and not how.low_discrepancy:
+    chances, counts = how.chances, None
+    if how.importance is not None and memory is not None:
+        chances = importance.chances(how.importance, memory)
+    if chances is None and not how.low_discrepancy:
         timesteps = jax.random.randint(time_key, shape[:1], 0, num_timesteps)
     else:
-        chances = weighting.uniform(num_timesteps) if how.chances is None else how.chances
+        chances = weighting.uniform(num_timesteps) if chances is None else chances
         timesteps = weighting.draw(time_key, shape[0], chances, low_discrepancy=how.low_discrepancy)
+    if memory is not None:
+        counts = 1 / (num_timesteps * jnp.asarray(chances)[timesteps])
     latent_noise = jax.random.normal(latent_key, shape)
-    return Draws(latent_noise, *noises.draw(noise_key, shape, how.noise), timesteps, dropout_key)
+    noise, added = noises.draw(noise_key, shape, how.noise)
+    return Draws(latent_noise, noise, added, timesteps, dropout_key, counts)
 
 
 def batch_key(key: Array, step: Array | int, dataset: Array | int, part: Array | int) -> Array:
@@ -122,15 +136,23 @@ def loss(
 
 
 def judged(
-    objective: Objective, trainable: Weights, frozen: Weights, batch: dict[str, Array], key: Array
+    objective: Objective,
+    trainable: Weights,
+    frozen: Weights,
+    batch: dict[str, Array],
+    key: Array,
+    memory: importance.Memory | None = None,
 ) -> Judged:
-    """`loss`, and what it is the mean of."""
+    """`loss`, and what it is the mean of; `memory` is that of the batch's data set."""
     moments = moments_of(objective, frozen, batch)
     num_timesteps = len(objective.schedule.alphas_cumprod)
-    draws = draw(key, latent_shape(moments), num_timesteps, objective.loss)
+    draws = draw(key, latent_shape(moments), num_timesteps, objective.loss, memory)
     found = errors(objective, trainable, frozen, batch | {"moments": moments}, draws)
     weight = batch["weight"]
-    return Judged(losses.mean(found, weight), found, weight, draws.timesteps)
+    if draws.importance is None:
+        return Judged(losses.mean(found, weight), found, weight, draws.timesteps)
+    value = losses.mean(found * draws.importance, weight)
+    return Judged(value, found, weight * draws.importance, draws.timesteps)
 
 
 def moments_of(objective: Objective, frozen: Weights, batch: dict[str, Array]) -> Array:
@@ -268,12 +290,13 @@ def gradients(
     key: Array,
     total: Weights | None,
     gathered: Callable[[Weights], Weights] = lambda weights: weights,
+    memory: importance.Memory | None = None,
 ) -> tuple[Judged, Weights]:
     """A batch judged, and `total` plus `factor` times its gradient (None: nothing to add to), which
     is float32. `gathered` makes of weights as they lie on devices those that are computed with."""
 
     def loss_of(trained: Weights) -> tuple[Array, Judged]:
-        found = judged(objective, gathered(trained), gathered(frozen), batch, key)
+        found = judged(objective, gathered(trained), gathered(frozen), batch, key, memory)
         return found.loss, found
 
     (_, found), grads = jax.value_and_grad(loss_of, has_aux=True)(_whole(trainable))
@@ -317,7 +340,11 @@ def update(
     trainable, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), changed, (state.trainable, state.opt_state)
     )
-    return TrainState(state.step + 1, trainable, opt_state, state.average), norm, updates
+    return (
+        state._replace(step=state.step + 1, trainable=trainable, opt_state=opt_state),
+        norm,
+        updates,
+    )
 
 
 def norms(labels: Labels, weights: Weights) -> dict[str, Float[Array, ""]]:

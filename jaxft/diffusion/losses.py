@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxft.diffusion.noise import NORMAL, Recipe
+from jaxft.diffusion import noise as noises
+from jaxft.diffusion.importance import Recipe
 from jaxft.shapes import Latents, Timesteps
 
 Error = Callable[[Array], Array]
@@ -54,9 +55,11 @@ class Loss(NamedTuple):
     """Whether an image's error is divided by the mean of its mask."""
     chances: Float[np.ndarray, " T"] | None = None
     """Of the timesteps to be drawn; None: all alike."""
+    importance: Recipe | None = None
+    """How chances follow from the losses so far; None: they do not."""
     low_discrepancy: bool = False
     """Whether the timesteps of a batch are spread evenly over their chances."""
-    noise: Recipe = NORMAL
+    noise: noises.Recipe = noises.NORMAL
     guidance: Float[np.ndarray, " T"] | None = None
     """Of the timesteps: the scale of guidance at which predictions are judged (`guidance.scales`);
     None: none."""
