@@ -145,6 +145,8 @@ def one_of_each_shape(dataset: Dataset) -> list[dict[str, jax.ShapeDtypeStruct]]
             batch["time_ids"] = ((rows, 6), np.float32)
         if dataset.with_masks:
             batch["mask"] = ((rows, height // 8, width // 8), np.float32)
+        if dataset.with_conditions:
+            batch["conditioning_pixel_values"] = ((rows, height, width, 3), np.uint8)
         if dataset.moments is None:
             batch["pixel_values"] = ((rows, height, width, 3), np.uint8)
         else:

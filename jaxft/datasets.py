@@ -11,7 +11,7 @@ from jaxft.data import bucket_table, captions, prompts, source
 from jaxft.data.batches import BatchPlan, Tail
 from jaxft.data.buckets import Buckets, Originals, Size
 from jaxft.data.loader import Dataset
-from jaxft.data.records import Record, Records, once
+from jaxft.data.records import Columns, Record, Records, once
 from jaxft.data.tokens import Tokenizer
 from jaxft.diffusion.losses import Loss
 from jaxft.errors import UserError
@@ -39,7 +39,7 @@ def read(
     tokenizers = [Tokenizer(folder) for folder in model.tokenizers.values()]
     words.teach(tokenizers, model, vocabulary.rows)
     for name, options in config.data.items():
-        columns = []
+        columns: list[Columns] = []
         for key, where in options.source.items():
             try:
                 found = source.index(**_source_options(where), kept=kept)
@@ -47,6 +47,7 @@ def read(
                 raise UserError(f"data.{name}.source.{key}: {error}") from None
             columns += found.records.parts
             notices += found.notices
+        _check_conditions(name, columns)
         used, spared = _held_out(name, Records(columns), options.held_out)
         known: Sequence[Size] = ()
         roles: list[tuple[Sequence[Record], list[Dataset], int, Tail]] = [
@@ -77,10 +78,22 @@ def read(
                     with_sizes=model.family.is_xl,
                 )
             )
+            if into[-1].with_conditions:
+                notices.append(f"data.{name}: nothing that is trained sees its conditioning images")
             notices += new + _truncated(into[-1]) + report.warnings(into[-1])
     if not trained:
         raise UserError("data: everything is held out; set held_out of a data set below 1")
     return trained, held, notices
+
+
+def _check_conditions(name: str, columns: Sequence[Columns]) -> None:
+    """Of a data set, all images have a conditioning image or none: its batches are of one kind."""
+    kinds = {next(iter(Records([own]))).cond is None for own in columns}
+    if len(kinds) > 1:
+        raise UserError(
+            f"data.{name}: some of its sources have cond_dir and some have not; give it to all, or "
+            "make two datasets of them"
+        )
 
 
 def _held_out(

@@ -89,23 +89,28 @@ REFUSED: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
             "TextImagePairDataset",
             "hcpdiff.data.CropInfoPairDataset",  # what XL is told of sizes and crops it always is
             "CropInfoPairDataset",
+            "hcpdiff.data.TextImageCondPairDataset",
+            "TextImageCondPairDataset",
         ),
-        "datasets are hcpdiff.data.TextImagePairDataset or CropInfoPairDataset",
+        "datasets are hcpdiff.data.TextImagePairDataset, TextImageCondPairDataset or "
+        "CropInfoPairDataset",
     ),
     "data.*.encoder_attention_mask": (_one_of(False), "the padding of a caption is seen"),
     "data.*.source.*._target_": (
         _one_of(
             "hcpdiff.data.source.Text2ImageAttMapSource",
+            "hcpdiff.data.source.Text2ImageCondSource",
             "hcpdiff.data.source.Text2ImageSource",
             "hcpdiff.data.Text2ImageAttMapSource",
+            "hcpdiff.data.Text2ImageCondSource",
             "hcpdiff.data.Text2ImageSource",
             "Text2ImageAttMapSource",
+            "Text2ImageCondSource",
             "Text2ImageSource",
         ),
-        "sources are hcpdiff.data.source.Text2ImageSource or Text2ImageAttMapSource",
+        "sources are hcpdiff.data.source.Text2ImageSource, Text2ImageAttMapSource or "
+        "Text2ImageCondSource",
     ),
-    "data.*.source.*.cond_root": (_NOTHING, "no images that condition a ControlNet"),
-    "data.*.source.*.cond_dir": (_NOTHING, "no images that condition a ControlNet"),
     "data.*.source.*.image_transforms": (_NOTHING, "images are resized and cropped, nothing else"),
     "condition": (_NOTHING, "images are made from text alone"),
     "ex_input": (_NOTHING, "images are made from text alone"),
@@ -120,7 +125,10 @@ REFUSED: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
 """Pattern -> (whether a value, beside its siblings, asks for no more than jaxft does; what it
 does)."""
 
-OLDER: dict[str, str] = {"data.*.source.*.tag_transforms": "text_transforms"}
+OLDER: dict[str, str] = {
+    "data.*.source.*.tag_transforms": "text_transforms",
+    "data.*.source.*.cond_root": "cond_dir",
+}
 """Pattern of an older spelling -> the key that it stands for, beside it."""
 
 AVERAGES = ("model.ema_unet", "model.ema_text_encoder")

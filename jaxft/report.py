@@ -49,6 +49,8 @@ def bucket_lines(dataset: Dataset) -> list[str]:
         lines.append(f"crop: {_count(kept, 'image')} cropped around what their masks show")
     if masked := dataset.summary.num_masked:
         lines.append(f"att_mask: {_count(masked, 'image')} of which the parts count as masks say")
+    if seen := dataset.summary.num_conditioned:
+        lines.append(f"cond_dir: {_count(seen, 'image')}, each with its conditioning image")
     if plan.num_dropped:
         lines.append(f"tail: {_count(plan.num_dropped, 'image')} dropped each epoch")
     if plan.num_filled and plan.tail == "pad":

@@ -209,10 +209,11 @@ def _fingerprint(plan: Plan) -> str:
     for dataset in plan.datasets:
         for record, size in zip(dataset.records, dataset.sizes, strict=True):
             mask = record.mask and record.mask.digest
+            cond = f" {record.cond.digest}" if record.cond else ""
             texts = [prompt(record, 0), *record.captions[1:]]
             texts += [negative(record, 0)] if record.recipe.negative else []
             line = f"{dataset.name} {dataset.plan.batch_size} {latents.key(record, size)} "
-            whole.update(f"{line}{record.crop} {record.flip} {mask} {texts}".encode())
+            whole.update(f"{line}{record.crop} {record.flip} {mask}{cond} {texts}".encode())
     return whole.hexdigest()
 
 

@@ -84,6 +84,14 @@ def tiny_model(tiny_pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """PyTorch's layers begin with the same weights in every run, whichever tests ran before."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def rng():
     """numpy's generator with a fixed seed."""

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxft.data import captions
+from jaxft.data.text_files import decode
 from jaxft.errors import UserError
 
 NAMES = ["1.png", "2.PNG", "a.b.jpg", "é.webp"]
@@ -217,7 +218,7 @@ def test_captions_of_no_image_and_empty_ones_are_told(tmp_path):
 def test_what_does_not_decode_is_named_with_its_byte(tmp_path, data, reason):
     write(tmp_path, {"a.txt": data})
     with pytest.raises(UserError, match=reason):
-        captions.decode(tmp_path / "a.txt")
+        decode(tmp_path / "a.txt")
     (problem,) = captions.load(tmp_path, ["a.png"]).problems
     assert "a.txt" in problem
 
@@ -262,7 +263,7 @@ def test_any_bytes_give_text_or_a_named_reason(tmp_path_factory, data):
     path.write_bytes(data)
     reason = ""
     try:
-        captions.decode(path).encode("utf-8")
+        decode(path).encode("utf-8")
     except UserError as error:
         reason = str(error)
     assert not reason or reason.startswith("any.txt: ")

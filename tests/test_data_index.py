@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from jaxft.data import captions, images, index, source
+from jaxft.data import images, index, source, text_files
 from jaxft.data.columns import Texts
 from tests.data_fixtures import photo_folder, photograph
 
@@ -21,7 +21,7 @@ def small(monkeypatch):
 def opened(monkeypatch) -> list[str]:
     """What is decoded: sizes of images, names of captions."""
     seen = []
-    decode, text = images.decode, captions.decode
+    decode, text = images.decode, text_files.decode
 
     def image(data, *color):
         seen.append(decode(data, *color).size)
@@ -32,7 +32,7 @@ def opened(monkeypatch) -> list[str]:
         return text(path, *limit)
 
     monkeypatch.setattr(images, "decode", image)
-    monkeypatch.setattr(captions, "decode", caption)
+    monkeypatch.setattr(text_files, "decode", caption)
     return seen
 
 

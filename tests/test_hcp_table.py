@@ -46,8 +46,8 @@ NEEDED = {"train": "model.pretrained_model_name_or_path=m", "infer": "pretrained
         ("train", "logger: [{_target_: hcpdiff.loggers.WebUILogger}]", "logger.0"),
         (
             "train",
-            "data: {d: {source: {s: {img_root: i, cond_root: c}}}}",
-            "data.d.source.s.cond_root",
+            "data: {d: {source: {s: {img_root: i, image_transforms: {_target_: x}}}}}",
+            "data.d.source.s.image_transforms",
         ),
         ("infer", "infer_args: {crop_coord: [0, 0, 8, 8]}", "infer_args.crop_coord"),
         ("infer", "merge: {g: {lora: [{path: a, mask: [0.5, 1]}]}}", "merge.g.lora.0.mask"),
@@ -73,6 +73,17 @@ def test_a_list_of_loggers_says_whether_weights_and_biases_is_one_and_when_each_
         steps = {"text": 20, "metrics": None, "tensorboard": None, "wandb": project and 5}
         assert loaded.logger.log_step.to_dict() == steps
         assert notice.endswith("train.log, metrics.jsonl and tblog/ are always written")
+
+
+def test_conditioning_images_have_the_names_of_the_example_and_of_the_code(tmp_path):
+    own = tmp_path / "own.yaml"
+    for key in ("cond_root", "cond_dir"):
+        own.write_text(
+            "data: {d: {_target_: hcpdiff.data.TextImageCondPairDataset, source: {s: {"
+            f"_target_: hcpdiff.data.source.Text2ImageCondSource, img_root: i, {key}: c}}}}}}}}\n"
+        )
+        loaded, notices = config.load(str(own), [NEEDED["train"]])
+        assert (loaded.data.d.source.s.cond_dir, notices) == ("c", [])
 
 
 def test_the_dataset_of_xl_and_an_empty_resume_mean_what_happens_anyway(tmp_path):

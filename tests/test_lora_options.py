@@ -29,6 +29,9 @@ def principal(shape: tuple[int, ...]) -> Adapter:
 
 def test_a_lora_that_begins_by_svd_is_pefts_pissa(rng):
     holder = torch.nn.ModuleDict({"layer": torch.nn.Linear(5, 7)})
+    left, right = (np.linalg.qr(rng.standard_normal((size, 5)))[0] for size in (7, 5))
+    weight = left * (2.0, 1.0, 0.5, 0.25, 0.125) @ right.T  # singular values far apart
+    holder["layer"].weight.data = torch.tensor(weight, dtype=torch.float32)
     base = {f"layer.{n}": p.detach().numpy().copy() for n, p in holder["layer"].named_parameters()}
     settings = LoraConfig(  # pyright: ignore
         r=RANK, lora_alpha=ALPHA, target_modules=["layer"], init_lora_weights="pissa"

@@ -35,6 +35,8 @@ class Row(NamedTuple):
     name: str
     """Of the image, as the table writes it."""
     lines: Lines
+    other: str | None = None
+    """What the column that is asked for says, as the table writes it."""
     table: str = ""
     """The table's own name."""
 
@@ -45,7 +47,7 @@ def lines_of(text: str) -> Lines:
     return tuple(line for line in lines if line) or ("",)
 
 
-def from_json(text: str, path: Path, problems: list[str]) -> list[Row]:
+def from_json(text: str, path: Path, problems: list[str], column: str | None = None) -> list[Row]:
     """Rows of one object, `{"1.png": "a caption"}`.
 
     Raises:
@@ -57,10 +59,10 @@ def from_json(text: str, path: Path, problems: list[str]) -> list[Row]:
         raise UserError(f"caption_file: {path} is not JSON: {error}") from None
     if not isinstance(table, dict):
         raise UserError(f'caption_file: {path} must be one object, {{"image name": "caption"}}')
-    return _rows(table, path.name, problems)
+    return _rows(table, path.name, problems, column)
 
 
-def from_yaml(text: str, path: Path, problems: list[str]) -> list[Row]:
+def from_yaml(text: str, path: Path, problems: list[str], column: str | None = None) -> list[Row]:
     """Rows of one mapping, `1.png: a caption`. What is not quoted is text all the same.
 
     Raises:
@@ -83,10 +85,12 @@ def from_yaml(text: str, path: Path, problems: list[str]) -> list[Row]:
             pairs.append((_name(key), _plain(value, seen)))
         except (ValueError, RecursionError) as error:
             problems.append(f"{path.name}: line {line}: the caption {error}")
-    return _rows(_unique(path.name, problems)(pairs), path.name, problems)
+    return _rows(_unique(path.name, problems)(pairs), path.name, problems, column)
 
 
-def from_json_lines(text: str, path: Path, problems: list[str]) -> list[Row]:
+def from_json_lines(
+    text: str, path: Path, problems: list[str], column: str | None = None
+) -> list[Row]:
     """Rows of lines `{"file_name": "1.png", "text": "a caption"}`, as Hugging Face's imagefolder
     has them; each line that is none is a problem."""
     rows = []
@@ -101,13 +105,13 @@ def from_json_lines(text: str, path: Path, problems: list[str]) -> list[Row]:
             continue
         name = entry.get("file_name") if isinstance(entry, dict) else None
         if isinstance(name, str):
-            rows += _rows({name: entry}, where, problems)
+            rows += _rows({name: entry}, where, problems, column)
         else:
             problems.append(f'{where} is no object with a "file_name" that is text')
     return rows
 
 
-def from_csv(text: str, path: Path, problems: list[str]) -> list[Row]:
+def from_csv(text: str, path: Path, problems: list[str], column: str | None = None) -> list[Row]:
     """Rows of a table with the columns `file_name` and `text` or `caption`, as Hugging Face's
     imagefolder has them; each row that lacks one is a problem.
 
@@ -128,7 +132,7 @@ def from_csv(text: str, path: Path, problems: list[str]) -> list[Row]:
             if not name or None in entry or None in entry.values():
                 problems.append(f"{where} has no file_name, or another number of columns")
             else:
-                rows += _rows({name: entry}, where, problems)
+                rows += _rows({name: entry}, where, problems, column)
     except csv.Error as error:
         problems.append(f"{path.name}: line {table.reader.line_num} is not CSV: {error}")
     return rows
@@ -146,8 +150,9 @@ def from_member(text: str, name: str) -> Lines:
         raise UserError(f"{name}: the caption {error}") from None
 
 
-Reader = Callable[[str, Path, list[str]], list[Row]]
-"""The text of a file, its path for messages, and the problems, which are added to."""
+Reader = Callable[[str, Path, list[str], str | None], list[Row]]
+"""The text of a file, its path for messages, the problems, which are added to, and a column besides
+the captions."""
 
 READERS: dict[str, tuple[tuple[str, ...], Reader]] = {
     "json": ((".json",), from_json),
@@ -170,15 +175,25 @@ def _unique(where: str, problems: list[str]) -> Callable[[list[tuple[Any, Any]]]
     return make
 
 
-def _rows(table: Mapping[str, Any], where: str, problems: list[str]) -> list[Row]:
+def _rows(
+    table: Mapping[str, Any], where: str, problems: list[str], column: str | None
+) -> list[Row]:
     rows = []
     for name, value in table.items():
         try:
-            rows.append(Row(name, _lines(value)))
+            rows.append(Row(name, _lines(value), _other(value, column)))
         except ValueError as error:
             problems.append(f"{where}: the caption of {name!r} {error}")
             rows.append(Row(name, ("",)))
     return rows
+
+
+def _other(value: Any, column: str | None) -> str | None:
+    """What an entry says in a column. Raises ValueError: something else than text."""
+    found = value.get(column) if column and isinstance(value, dict) else None
+    if found is not None and not isinstance(found, str):
+        raise ValueError(f"stands beside a `{column}` that is not text")
+    return found or None
 
 
 def _lines(value: Any) -> Lines:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
-from jaxft.data import files, shards
+from jaxft.data import files, shards, text_files
 from jaxft.data.caption_tables import READERS, Lines, Row, from_member, lines_of
 from jaxft.data.files import Span
 from jaxft.data.images import SUFFIXES
@@ -29,8 +29,8 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 MAX_CHARACTERS = 20_000
 """Of one caption: more is another kind of file, and costs seconds in every batch."""
 
-_MAX_BYTES = {"text": 2**20, "table": 2**30}
-"""Larger files are refused before they are read."""
+_MAX_TABLE = 2**30
+"""Larger tables are refused before they are read, in bytes."""
 
 Several = Literal["first", "random", "join"]
 Missing = Literal["error", "empty"]
@@ -93,13 +93,49 @@ def load(
     if not tables:
         found, spare = _from_texts(path, names, problems, kept, dict.fromkeys(texts))
     else:
-        rows = []
-        for table in tables:
-            read = READERS[place.form or str(_form(table))][1]
-            text = decode(path / table, _MAX_BYTES["table"])
-            rows += [row._replace(table=table) for row in read(text, path / table, problems)]
+        rows = _rows(place, path, tables, problems)
         found, spare = _from_rows(rows, names, root, problems)
     return _settled(found, names, several, missing, problems, spare)
+
+
+def column(
+    caption_file: Place, names: Sequence[str], title: str, *, root: Path
+) -> tuple[list[str | None], list[str]]:
+    """The files that the column `title` of the tables of captions names beside the image files
+    `names`, all paths below `root`; and problems, those of the tables that `load` tells too.
+
+    Raises:
+        UserError: there is no table, or it has no such column.
+    """
+    path, tables, _ = _found(caption_file, names)
+    if not tables:
+        raise UserError(f"cond_column: the captions of {path} are in no table with columns")
+    problems: list[str] = []
+    rows = [row for row in _rows(caption_file, path, tables, problems, title) if row.other]
+    if not rows:
+        raise UserError(f"cond_column: no row of {some(tables)} has a {title!r} that is text")
+    files = []
+    for row in rows:
+        at, slash, _ = row.table.rpartition("/")
+        try:
+            file = at + slash + _inside(str(row.other), root / at)
+            files.append(row._replace(lines=(file,)))
+        except UserError as error:
+            problems.append(f"{row.table}: {title} {row.other!r} {error}")
+    found, _ = _from_rows(files, names, root, problems)
+    return [lines[0] if lines else None for lines in found], problems
+
+
+def _rows(
+    place: Place, path: Path, tables: Sequence[str], problems: list[str], title: str | None = None
+) -> list[Row]:
+    """The rows of all tables in a folder, with one column besides the captions."""
+    rows = []
+    for table in tables:
+        read = READERS[place.form or str(_form(table))][1]
+        text = text_files.decode(path / table, _MAX_TABLE)
+        rows += [row._replace(table=table) for row in read(text, path / table, problems, title)]
+    return rows
 
 
 def _found(place: Place, names: Sequence[str]) -> tuple[Path, list[str], list[str]]:
@@ -227,9 +263,9 @@ def _preference(member: str) -> int:
 def _text(folder: Path, file: str, span: Span | None) -> Lines:
     """The captions in one text file, or in a member of a tar, which may be JSON."""
     if span is None:
-        return lines_of(decode(folder / file, _MAX_BYTES["text"]))
+        return lines_of(text_files.decode(folder / file))
     try:
-        text = _decoded(files.read(folder / file, _MAX_BYTES["text"], span), file)
+        text = text_files.decoded(files.read(folder / file, text_files.MAX_BYTES, span), file)
     except UserError as error:
         raise UserError(str(error) if file in str(error) else f"{file}: {error}") from None
     return from_member(text, file) if file.casefold().endswith(".json") else lines_of(text)
@@ -248,7 +284,7 @@ def _from_rows(
         except UserError as error:
             problems.append(f"{file}: {row.name!r} {error}")
             continue
-        if fault := next(filter(None, map(_fault, row.lines)), ""):
+        if fault := next(filter(None, map(text_files.fault_of, row.lines)), ""):
             problems.append(f"{file}: the caption of {row.name!r} holds {fault}")
         if name in captions:
             problems.append(f"{file}: {spelling[name]!r} and {row.name!r} are the same image")
@@ -316,45 +352,6 @@ def _settled(
     if empty and not problems:
         notices.append(f"images whose caption is empty: {some(empty)}")
     return Captions(texts, problems, notices)
-
-
-def decode(path: Path, max_bytes: int = _MAX_BYTES["text"]) -> str:
-    """The stripped text of a file in UTF-8, or in UTF-16 with a byte order mark.
-
-    Raises:
-        UserError: names the file and the byte that does not decode.
-    """
-    try:
-        if path.stat().st_size > max_bytes:
-            raise UserError(f"{path.name}: more than {max_bytes >> 20} MiB: this is no caption")
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path.name}: {error.strerror}") from None
-    return _decoded(data, path.name)
-
-
-def _decoded(data: bytes, name: str) -> str:
-    """The text of the bytes of a file."""
-    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-    try:
-        text = data.decode("utf-16" if utf16 else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        offset = error.start + len(data) - len(error.object)  # counted without the mark, or with
-        raise UserError(
-            f"{name}: byte {offset} (0x{data[offset]:02x}) is not "
-            f"{'UTF-16' if utf16 else 'UTF-8'}: save it as UTF-8"
-        ) from None
-    if fault := _fault(text):
-        raise UserError(f"{name}: holds {fault}: save it as UTF-8 text")
-    return text.strip()
-
-
-def _fault(text: str) -> str:
-    """What keeps a tokenizer from reading the text; '' if nothing does."""
-    if "\0" in text:
-        return f"a NUL character at {text.index(chr(0))}"
-    lone = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
-    return "" if lone is None else f"half a surrogate pair at {lone}"
 
 
 def _folded(name: str) -> str:

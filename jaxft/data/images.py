@@ -192,17 +192,22 @@ CENTRE = View()
 
 
 def resize_and_crop(
-    image: Image.Image, size: tuple[int, int], view: View = CENTRE
+    image: Image.Image,
+    size: tuple[int, int],
+    view: View = CENTRE,
+    original: tuple[int, int] | None = None,
 ) -> UInt8[np.ndarray, "H W 3"]:
     """A part of the image at `size` (width, height): scaled to cover it, the rest cut off.
 
     Lanczos when shrinking, bicubic when growing. The part that stays is cut out in the source's
-    own coordinates, so a strip of 60000x1 takes no more memory than any other image.
+    own coordinates, so a strip of 60000x1 takes no more memory than any other image. Of an image
+    that lies over one of the size `original`, it is the part over what is shown of that.
     """
+    original = original or image.size
     scale = max(size[0] / image.width, size[1] / image.height)
-    if image.size != tuple(size):
+    if not image.size == original == tuple(size):
         filter_ = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
-        image = image.resize(size, filter_, box=covered(image.size, size, view))
+        image = image.resize(size, filter_, box=covered(original, size, view, image.size))
     return _mirrored(np.asarray(image), view)
 
 
@@ -225,16 +230,24 @@ def _mirrored(pixels: UInt8[np.ndarray, "h w 3"], view: View) -> UInt8[np.ndarra
 
 
 def covered(
-    original: tuple[int, int], size: tuple[int, int], view: View = CENTRE
+    original: tuple[int, int],
+    size: tuple[int, int],
+    view: View = CENTRE,
+    over: tuple[int, int] | None = None,
 ) -> tuple[float, float, float, float]:
     """Left, top, right and bottom, in the image as it is stored, of the part that is scaled to
-    `size`; all are widths and heights."""
+    `size`; or, of an image of the size `over` that lies over it, of the same part. All are widths
+    and heights."""
     width, height = original
     scale = max(size[0] / width, size[1] / height)
     kept_width, kept_height = min(size[0] / scale, width), min(size[1] / scale, height)
     x = 1 - view.x if view.mirrored else view.x
     left, top = (width - kept_width) * x, (height - kept_height) * view.y
-    return left, top, left + kept_width, top + kept_height
+    right, bottom = left + kept_width, top + kept_height
+    if over in (None, original):
+        return left, top, right, bottom
+    x, y = over[0] / width, over[1] / height
+    return left * x, top * y, min(right * x, over[0]), min(bottom * y, over[1])
 
 
 def slack(original: tuple[int, int], size: tuple[int, int], *, scaled: bool) -> tuple[float, float]:

@@ -25,8 +25,9 @@ Batch = dict[str, np.ndarray]
 """`input_ids` int32 [b, r, 77] (and `input_ids_2`) or `encoder_hidden_states` [b, 75r + 2, d] (and
 `pooled_text_embeds` [b, p]), `weight` float32 [b] (0: fills up the batch), either `moments` float32
 [b, h/8, w/8, 8] or `pixel_values` uint8 [b, h, w, 3], for Stable Diffusion XL `time_ids` float32
-[b, 6], where images have masks `mask` float32 [b, h/8, w/8], and where words are pairs
-`negative_input_ids` (and `negative_input_ids_2`)."""
+[b, 6], where images have masks `mask` float32 [b, h/8, w/8], for a ControlNet
+`conditioning_pixel_values` uint8 [b, h, w, 3], and where words are pairs `negative_input_ids` (and
+`negative_input_ids_2`)."""
 
 
 Rows = slice | np.ndarray
@@ -56,6 +57,8 @@ class Summary(NamedTuple):
     """Images whose crop keeps what their mask shows."""
     num_masked: int
     """Images whose parts count as their masks say."""
+    num_conditioned: int
+    """Images with one beside them that a ControlNet sees."""
     with_negatives: bool
     """Whether there are negative prompts."""
 
@@ -90,21 +93,28 @@ class Dataset:
     @cached_property
     def summary(self) -> Summary:
         """What all records come to, gone through once."""
-        sizes, flipped, drawn, kept, masked, negatives = array("i"), 0, 0, 0, 0, False
+        sizes, negatives = array("i"), False
+        flipped, drawn, kept, masked, conditioned = 0, 0, 0, 0, 0
         for record in self.records:
             sizes.extend(record.size)
             flipped += record.flip
             drawn += record.crop == "random"
             masked += record.mask is not None
+            conditioned += record.cond is not None
             kept += record.mask is not None and record.crop == "mask"
             negatives |= record.recipe.opposites is not None
         originals = np.array(sizes, np.int64).reshape(-1, 2)
-        return Summary(originals, flipped, drawn, kept, masked, negatives)
+        return Summary(originals, flipped, drawn, kept, masked, conditioned, negatives)
 
     @property
     def with_masks(self) -> bool:
         """Whether a batch says how much the parts of its images count."""
         return self.summary.num_masked > 0
+
+    @property
+    def with_conditions(self) -> bool:
+        """Whether a batch has what a ControlNet sees: of all images, as `datasets` checks."""
+        return self.summary.num_conditioned > 0
 
     @property
     def shapes(self) -> list[Shape]:
@@ -167,6 +177,9 @@ class Dataset:
             batch["time_ids"] = np.stack([time_ids(record, size) for record in records])
         if self.with_masks:
             batch["mask"] = np.stack([source.loss_weights(r, size) for r in records])
+        if self.with_conditions:
+            seen = [source.conditioning_pixels(record, size) for record in records]
+            batch["conditioning_pixel_values"] = np.stack(seen)
         if self.moments is not None:
             entries = [self.moments[latents.key(record, size)] for record in records]
             return batch | {"moments": np.stack(entries)}

@@ -1,14 +1,15 @@
-"""What the files of images and masks hold, found by decoding each once; and what is told of it."""
+"""What the files of images, and of those beside them, hold, found by decoding each once; and what
+is told of it."""
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import PIL
 
-from jaxft.data import files, images, masks
+from jaxft.data import beside, files, images
 from jaxft.data.captions import shown, some
 from jaxft.data.index import Index
 from jaxft.data.listing import Listing
@@ -57,22 +58,20 @@ def at_images(found: Listing, kept: Path | None, notices: list[str]) -> Iterator
         notices.append(f"{known.num_known:,} of {len(names):,} images are as they were read before")
 
 
-def at_masks(
-    root: Path | None, names: Sequence[str | None], kept: Path | None
-) -> Iterator[masks.Look | UserError | None]:
-    """What the mask of each image is, or why it cannot be used; None where there is none."""
-    present = [name for name in names if name]
-    looks: Iterator[Any] = iter(())
-    if root is not None:
-        looks = Index(kept, root, f"masks {RECIPE}").look(
-            present,
-            lambda place: files.stamp(f"{root}/{present[place]}"),
-            lambda place: masks.look(files.read(root / present[place], images.MAX_BYTES)),
-            title=f"reading {root}",
-        )
-    for name in names:
+def beside_images(
+    side: beside.Found, kept: Path | None
+) -> Iterator[beside.Look | UserError | None]:
+    """What the file beside each image is, or why it cannot be used; None where there is none."""
+    root, present = side.root, [name for name in side.names if name]
+    looks: Iterator[Any] = Index(kept, root, f"masks {RECIPE}").look(
+        present,
+        lambda place: files.stamp(f"{root}/{present[place]}"),
+        lambda place: beside.look(files.read(root / present[place], images.MAX_BYTES)),
+        title=f"reading {root}",
+    )
+    for name in side.names:
         fact = next(looks) if name else None
-        yield masks.Look(*fact) if isinstance(fact, list | tuple) else fact
+        yield beside.Look(*fact) if isinstance(fact, list | tuple) else fact
 
 
 class Surprises:

@@ -3,14 +3,15 @@
 import itertools
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, NamedTuple, overload
 
 import numpy as np
 from jaxtyping import Int
 
-from jaxft.data import images, masks, prompts
+from jaxft.data import beside, images, prompts
 from jaxft.data.columns import Texts
 from jaxft.data.files import Span
 from jaxft.data.images import CENTRE, View
@@ -43,8 +44,10 @@ class Record(NamedTuple):
     """Whether it is mirrored half of the time."""
     view: View = CENTRE
     """What is shown of it; see `source.framed`."""
-    mask: masks.Mask | None = None
+    mask: beside.File | None = None
     """How much its parts count in the loss; None: all alike."""
+    cond: beside.File | None = None
+    """What a ControlNet sees."""
     span: Span | None = None
     """Where its file lies in a tar."""
 
@@ -54,36 +57,60 @@ class Record(NamedTuple):
         return self.root / self.name  # a path is made in four microseconds, the rest in three
 
 
+Seen = tuple[str, beside.Look] | None
+"""The name of a file that lies beside an image, below its folder, and what it holds."""
+
+
+class _Files:
+    """A column of what lies beside images, in one folder."""
+
+    def __init__(self, root: Path):
+        self._root, self._names = root, Texts()
+        self._digests, self._boxes = bytearray(), array("d")
+
+    def append(self, seen: Seen) -> None:
+        name, digest, box = (seen[0], *seen[1][2:]) if seen else ("", "00" * 32, images.WHOLE)
+        self._names.append(name)
+        self._digests += bytes.fromhex(digest)
+        self._boxes.extend(box)
+
+    def __getitem__(self, row: int) -> beside.File | None:
+        if not (name := self._names[row]):
+            return None
+        left, top, right, bottom = self._boxes[4 * row : 4 * row + 4]
+        digest = self._digests[32 * row : 32 * row + 32].hex()
+        return beside.File(self._root / name, digest, (left, top, right, bottom))
+
+
 class Columns:
     """The records of one folder, a column for each of their fields that is not the same for all."""
 
-    def __init__(self, shared: Record, mask_root: Path | None = None, repeat: int = 1):
-        """No records yet. Files are below `shared.root`, masks below `mask_root`; all comes
-        `repeat` times over, with the fields of `shared` where it has none of its own."""
-        self._mask_root, self._shared = mask_root, shared
-        self.repeat = repeat
-        self._names, self._captions, self._masks, self._tars = Texts(), Texts(), Texts(), Texts()
-        self._sizes, self._spans, self._boxes = array("i"), array("q"), array("d")
-        self._digests, self._mask_digests = bytearray(), bytearray()
+    def __init__(
+        self, shared: Record, folders: Mapping[str, Path] = MappingProxyType({}), repeat: int = 1
+    ):
+        """No records yet. Files are below `shared.root`, those beside them below `folders`, by
+        key of `beside.KINDS`; all comes `repeat` times over, with the fields of
+        `shared` where it has none of its own."""
+        self._shared, self.repeat = shared, repeat
+        self._names, self._captions, self._tars = Texts(), Texts(), Texts()
+        self._sizes, self._spans, self._digests = array("i"), array("q"), bytearray()
+        self._beside = {key: _Files(root) for key, root in folders.items()}
 
     def append(
         self,
         name: str,
         look: Look,
         captions: Sequence[str],
-        mask: tuple[str, masks.Look | None],
+        others: Mapping[str, Seen],
         span: Span | None,
     ) -> None:
-        """Adds a record: of the image `name` below the folder, with the mask that is called so."""
+        """Adds a record: of the image `name` below the folder, with what lies beside it."""
         self._names.append(name)
         self._sizes.extend(look.size)
         self._digests += bytes.fromhex(look.digest)
         self._captions.append("\n".join(captions))
-        if self._mask_root:
-            file, found = mask
-            self._masks.append(file)
-            self._mask_digests += bytes.fromhex(found.digest) if found else bytes(32)
-            self._boxes.extend(found.shown if found else images.WHOLE)
+        for key, column in self._beside.items():
+            column.append(others[key])
         if span:
             self._tars.append(str(span.file))
             self._spans.extend(span[1:])
@@ -105,16 +132,13 @@ class Columns:
             shared.crop,
             shared.flip,
             CENTRE,
-            self._mask(row),
+            self._file("att_mask", row),
+            self._file("cond_dir", row),
             self._span(row),
         )
 
-    def _mask(self, row: int) -> masks.Mask | None:
-        if not self._mask_root or not (name := self._masks[row]):
-            return None
-        digest = self._mask_digests[32 * row : 32 * row + 32].hex()
-        left, top, right, bottom = self._boxes[4 * row : 4 * row + 4]
-        return masks.Mask(self._mask_root / name, digest, (left, top, right, bottom))
+    def _file(self, key: str, row: int) -> beside.File | None:
+        return self._beside[key][row] if key in self._beside else None
 
     def _span(self, row: int) -> Span | None:
         if not self._spans:

@@ -9,13 +9,13 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from jaxft.builtin.names import resolve
-from jaxft.data import captions, files, images, listing, looks, masks, prompts, templates
+from jaxft.data import beside, captions, files, images, listing, looks, masks, prompts, templates
 from jaxft.data.buckets import VAE_STRIDE
-from jaxft.data.captions import shown
+from jaxft.data.captions import shown, some
 from jaxft.data.files import Span
 from jaxft.data.images import View
 from jaxft.data.listing import Listing
-from jaxft.data.records import Columns, Crop, Record, Records
+from jaxft.data.records import Columns, Crop, Record, Records, Seen
 from jaxft.data.text_transforms import Step
 from jaxft.errors import UserError
 
@@ -43,6 +43,8 @@ def index(
     text_transforms: Sequence[Step] = (),
     bg_color: Sequence[int] = (255, 255, 255),
     att_mask: str | Path | None = None,
+    cond_dir: str | Path | None = None,
+    cond_column: str | None = None,
     crop: Crop = "center",
     flip: bool = False,
     repeat: int = 1,
@@ -62,30 +64,29 @@ def index(
     if repeat < 1:
         raise UserError(f"repeat: {repeat} must be at least 1")
     folder = resolve(img_root)
-    mask_root = resolve(att_mask) if att_mask is not None else None
-    found = listing.find(
-        folder, recursive=recursive, without=[mask_root] if mask_root else [], kept=kept
-    )
-    covers = _masks(mask_root, found.root, found.names, crop, recursive=recursive)
-    place = _place(caption_file)
-    beside = place is not None and found.texts is not None and place.path == folder
+    place, others = _place(caption_file), _others(folder, crop, att_mask, cond_dir)
+    found = listing.find(folder, recursive=recursive, without=[*others.values()], kept=kept)
+    found, sides = _beside(found, others, recursive, place, cond_column)
+    inside = place is not None and found.texts is not None and place.path == folder
     texts = captions.load(
         place,
         found.names,
         root=found.root,
         several=caption_lines,
         missing=missing_captions,
-        members=found.texts if beside else None,
+        members=found.texts if inside else None,
         kept=kept,
     )
     shared = Record(found.root, "", (0, 0), "", (), recipe, _color(bg_color), crop=crop, flip=flip)
-    columns = Columns(shared, mask_root, repeat)
-    problems = [*found.problems, *texts.problems, *covers.problems]
-    told = _look(found, covers.names, mask_root, texts.texts, columns, min_size or 0, kept)
-    _check_usable(img_root, problems + told.problems)
+    columns = Columns(shared, {key: side.root for key, side in sides.items()}, repeat)
+    problems = [*found.problems, *texts.problems]
+    problems += [problem for side in sides.values() for problem in side.problems]
+    told = _look(found, sides, texts.texts, columns, min_size or 0, kept)
+    _check_usable(img_root, [*dict.fromkeys(problems + told.problems)])  # tables are read twice
     if not len(columns):
         raise UserError(f"min_size: all images have a side of fewer than {min_size} pixels")
-    notices = [*found.notices, *texts.notices, *covers.notices, *told.notices]
+    notices = [*found.notices, *texts.notices, *told.notices]
+    notices += [notice for side in sides.values() for notice in side.notices]
     notices += _unused(recipe, caption_file is not None)
     return Source(Records([columns]), [f"{img_root}: {notice}" for notice in notices])
 
@@ -97,21 +98,25 @@ class _Told(NamedTuple):
 
 def _look(
     found: Listing,
-    covers: Sequence[str | None],
-    mask_root: Path | None,
+    sides: Mapping[str, beside.Found],
     texts: Sequence[captions.Lines],
     columns: Columns,
     min_size: int,
     kept: Path | None,
 ) -> _Told:
-    """Looks at all images and masks; what is used goes to the columns."""
+    """Looks at all images and what lies beside them; what is used goes to the columns."""
     problems, known, surprises = [], [], looks.Surprises()
     images_of = looks.at_images(found, kept, known)
-    masks_of = looks.at_masks(mask_root, covers, kept)
-    for place, (name, seen, over) in enumerate(zip(found.names, images_of, masks_of, strict=True)):
-        cover = covers[place] or ""
+    beside_of = [looks.beside_images(side, kept) for side in sides.values()]
+    together = zip(found.names, images_of, *beside_of, strict=True)
+    for place, (name, look, *seen) in enumerate(together):
         try:
-            look, mask = _usable(seen, over, cover)
+            if isinstance(look, UserError):
+                raise look
+            covers = {
+                key: _usable(key, look, side.names[place], one)
+                for (key, side), one in zip(sides.items(), seen, strict=True)
+            }
         except UserError as error:
             problems.append(f"{shown(name)}: {error}")
             continue
@@ -120,33 +125,76 @@ def _look(
         else:
             surprises.note(name, look)
             span = found.spans[place] if found.spans else None
-            columns.append(name, look, texts[place], (cover, mask), span)
+            columns.append(name, look, texts[place], covers, span)
     return _Told(problems, surprises.notices + known)
 
 
-def _masks(
-    mask_root: Path | None, root: Path, names: Sequence[str], crop: Crop, *, recursive: bool
-) -> masks.Found:
-    if mask_root is None and crop == "mask":
+def _others(
+    folder: Path, crop: Crop, att_mask: str | Path | None, cond_dir: str | Path | None
+) -> dict[str, Path]:
+    """The folders, by key, of what lies beside the images."""
+    given = {"att_mask": att_mask, "cond_dir": cond_dir}
+    others = {key: resolve(place) for key, place in given.items() if place is not None}
+    if "att_mask" not in others and crop == "mask":
         raise UserError("crop: mask keeps what a mask shows; name att_mask, or use center")
-    if mask_root is None:
-        return masks.Found([None] * len(names), [], [])
-    if mask_root.resolve() == root.resolve():
-        raise UserError(f"att_mask: {mask_root} is img_root: keep masks in a folder of their own")
-    return masks.find(mask_root, names, recursive=recursive)
+    for key, place in others.items():
+        if place.resolve() == folder.resolve():
+            raise UserError(
+                f"{key}: {place} is img_root: keep {beside.KINDS[key]}s in a folder of their own"
+            )
+    return others
+
+
+def _beside(
+    found: Listing,
+    others: Mapping[str, Path],
+    recursive: bool,
+    place: captions.Place | None,
+    cond_column: str | None,
+) -> tuple[Listing, dict[str, beside.Found]]:
+    """What lies beside the images that were found; of these, without what a column says to be such
+    an image. Only a mask may be missing."""
+    sides = {}
+    if cond_column is not None:
+        if "cond_dir" in others or place is None or found.spans is not None:
+            raise UserError(
+                f"cond_column: {cond_column} is of a table, caption_file, of images in folders; it "
+                "stands in place of cond_dir"
+            )
+        files, wrong = captions.column(place, found.names, cond_column, root=found.root)
+        taken, pairs = {*files}, list(zip(found.names, files, strict=True))
+        own = [(name, file) for name, file in pairs if name not in taken]
+        found = found._replace(names=[name for name, _ in own])
+        sides["cond_dir"] = beside.Found(found.root, [file for _, file in own], wrong, [])
+    for key, root in others.items():
+        sides[key] = beside.find(root, found.names, recursive=recursive, key=key)
+    return found, {key: _complete(key, side, found.names) for key, side in sides.items()}
+
+
+def _complete(key: str, side: beside.Found, names: Sequence[str]) -> beside.Found:
+    """What lies beside images, with what there is to say of those that have nothing."""
+    pairs = zip(names, side.names, strict=True)
+    if not (without := [name for name, other in pairs if other is None]):
+        return side
+    if key == "att_mask":
+        notice = f"images without mask, all of which counts: {some(without)}"
+        return side._replace(notices=[notice, *side.notices])
+    lacking = [f"{shown(name)}: no {beside.KINDS[key]}" for name in without]
+    return side._replace(problems=side.problems + lacking)
 
 
 def _usable(
-    look: looks.Look | UserError, mask: masks.Look | UserError | None, cover: str
-) -> tuple[looks.Look, masks.Look | None]:
-    """An image and its mask; raises UserError where one of them cannot be used."""
-    if isinstance(look, UserError):
-        raise look
-    if isinstance(mask, UserError):
-        raise UserError(f"its mask {shown(cover)}: {mask}")
-    if mask and (misfit := masks.misfit(mask, look.size)):
-        raise UserError(f"its mask {shown(cover)}: {misfit}")
-    return look, mask
+    key: str, look: looks.Look, name: str | None, seen: beside.Look | UserError | None
+) -> Seen:
+    """What lies beside an image; raises UserError where it cannot be used."""
+    if name is None or seen is None:
+        return None
+    kind = beside.KINDS[key]
+    if isinstance(seen, UserError):
+        raise UserError(f"its {kind} {shown(name)}: {seen}")
+    if misfit := beside.misfit(seen, look.size, kind):
+        raise UserError(f"its {kind} {shown(name)}: {misfit}")
+    return name, seen
 
 
 def _check_usable(img_root: str | Path, problems: list[str]) -> None:
@@ -183,6 +231,18 @@ def loss_weights(record: Record, size: tuple[int, int]) -> Float[np.ndarray, "h/
         return np.ones((size[1] // VAE_STRIDE, size[0] // VAE_STRIDE), np.float32)
     data = _unchanged(record.mask.path, record.mask.digest)
     return masks.weights(data, record.size, size, record.view, scaled=record.scaled)
+
+
+def conditioning_pixels(record: Record, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
+    """What a ControlNet sees beside `pixels`: the same part of the record's conditioning image.
+
+    Raises:
+        UserError: its file is gone, or another than when it was indexed.
+    """
+    assert record.cond is not None, "is asked for where there is one"
+    data = _unchanged(record.cond.path, record.cond.digest)
+    image = images.decode(data, record.bg_color)
+    return beside.pixels(image, record.size, size, record.view, scaled=record.scaled)
 
 
 def _unchanged(path: Path, digest: str, span: Span | None = None) -> bytes:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from jaxft.data.captions import decode
+from jaxft.data.text_files import decode
 from jaxft.errors import UserError
 
 _SEPARATORS = " \t,"
