@@ -204,8 +204,7 @@ class Programs:
                 objective, factor, trainable, frozen, batch, key, total, gathered, own
             )
 
-        where = (meshes.replicated(self._mesh), where)
-        return jax.jit(run, donate_argnames="total", out_shardings=where)
+        return jax.jit(run, donate_argnames="total", out_shardings=(self._where_judged(), where))
 
     def _update(self, where: TrainState) -> Callable:
         how, count = self._objective.loss.importance, len(self._objective.schedule.alphas_cumprod)
@@ -232,15 +231,21 @@ class Programs:
         where_all = (where, meshes.replicated(self._mesh))
         return jax.jit(run, donate_argnums=0, out_shardings=where_all)
 
-    def _judged(self, batch: Batch) -> list[Judged]:
-        """The shapes of what is said of a data set's batches, of each part of a step."""
-        where = meshes.replicated(self._mesh)
+    def _where_judged(self) -> Judged:
+        """What is said of images stays where they are."""
+        whole: Any = meshes.replicated(self._mesh)
+        rows: Any = meshes.batch_sharding(self._mesh)
+        return Judged(whole, rows, rows, rows)
 
-        def shape(*sizes: int, dtype: Any = np.float32) -> Any:
-            return jax.ShapeDtypeStruct(sizes, dtype, sharding=where)
+    def _judged(self, batch: Batch) -> list[Any]:
+        """Shapes and shardings of what is said of a data set's batches, of each part of a step."""
 
-        (b,) = batch["weight"].shape
-        return [Judged(shape(), shape(b), shape(b), shape(b, dtype=np.int32))] * self._accumulation
+        def shape(sizes: tuple[int, ...], dtype: Any) -> Any:
+            return jax.ShapeDtypeStruct(sizes, dtype)
+
+        one, each = shape((), np.float32), shape(batch["weight"].shape, np.float32)
+        judged = Judged(one, each, each, shape(each.shape, np.int32))
+        return [_placed(judged, self._where_judged())] * self._accumulation
 
     def _abstract(self, batch: Batch) -> Any:
         where = meshes.batch_sharding(self._mesh)
