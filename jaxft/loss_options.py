@@ -122,4 +122,16 @@ def _noise(options: Config) -> Recipe:
             raise UserError(
                 f"train.noise.pyramid: {', '.join(unknown)} unknown; known: {', '.join(PYRAMID)}"
             )
-    return Recipe(options.offset, pyramid, options.perturbation)
+    chance, scale = options.offset_probability, options.adaptive_noise_scale
+    if not 0 < chance <= 1:
+        raise UserError(f"train.noise.offset_probability: {chance:g} must be above 0, up to 1")
+    if chance < 1 and not (options.offset or scale):
+        raise UserError(
+            "train.noise.offset_probability: there is no offset; set train.noise.offset"
+        )
+    if scale < 0 and not options.offset:
+        raise UserError(
+            f"train.noise.adaptive_noise_scale: {scale:g} makes train.noise.offset weaker, which "
+            "is 0; set that too"
+        )
+    return Recipe(options.offset, chance, scale, pyramid, options.perturbation)

@@ -70,10 +70,7 @@ class Draws(NamedTuple):
     """The random part of a step."""
 
     latent_noise: Latents
-    noise: Latents
-    """What the network is asked for."""
-    added_noise: Latents
-    """What is added to the latents."""
+    noise: noises.Drawn
     timesteps: Timesteps
     dropout_key: Array
     importance: Float[Array, " b"] | None = None
@@ -111,8 +108,8 @@ def draw(
     if memory is not None:
         counts = 1 / (num_timesteps * jnp.asarray(chances)[timesteps])
     latent_noise = jax.random.normal(latent_key, shape)
-    noise, added = noises.draw(noise_key, shape, how.noise)
-    return Draws(latent_noise, noise, added, timesteps, dropout_key, counts)
+    noise = noises.draw(noise_key, shape, how.noise)
+    return Draws(latent_noise, noise, timesteps, dropout_key, counts)
 
 
 def batch_key(key: Array, step: Array | int, dataset: Array | int, part: Array | int) -> Array:
@@ -185,7 +182,11 @@ def errors(
     weights = {name: weights_of(name, trainable, frozen) for name in parts}
     before = {name: frozen.get(name, {}) | frozen.get(f"teacher_{name}", {}) for name in parts}
     latents = vae.sample_latents(batch["moments"], draws.latent_noise) * objective.scaling_factor
-    noisy = schedule.add_noise(noising, latents, draws.added_noise, draws.timesteps)
+    asked, added, channels = draws.noise
+    if channels is not None:
+        offset = noises.offset(channels, latents, objective.loss.noise)
+        asked, added = asked + offset, added + offset
+    noisy = schedule.add_noise(noising, latents, added, draws.timesteps)
     for number, (name, keys) in enumerate(objective.dropouts.items()):
         drawn = jax.random.split(jax.random.fold_in(draws.dropout_key, number), len(keys))
         weights[name] |= dict(zip(keys, drawn, strict=True))
@@ -195,7 +196,7 @@ def errors(
     if "teacher" in batch:
         wanted = _predict(objective, before, batch, seen, draws.timesteps).astype(jnp.float32)
     else:
-        wanted = schedule.target(noising, latents, draws.noise, draws.timesteps)
+        wanted = schedule.target(noising, latents, asked, draws.timesteps)
     return _compared(objective, predicted, wanted, noisy, batch, draws.timesteps)
 
 

@@ -116,13 +116,13 @@ def curve(
     def draw(seed: Array, timestep: Array) -> Any:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), seed), timestep)
         latent_key, noise_key = jax.random.split(key)
-        noise, added = noises.draw(noise_key, (1, *shape), objective.loss.noise)
-        return jax.random.normal(latent_key, tuple(shape)), noise[0], added[0]
+        noise = noises.draw(noise_key, (1, *shape), objective.loss.noise)
+        return jax.random.normal(latent_key, tuple(shape)), jax.tree.map(lambda x: x[0], noise)
 
     def at(timestep: Array) -> Array:
-        latent_noise, noise, added = jax.vmap(lambda seed: draw(seed, timestep))(seeds)
+        latent_noise, noise = jax.vmap(lambda seed: draw(seed, timestep))(seeds)
         times = jnp.full(len(seeds), timestep)
-        draws = Draws(latent_noise, noise, added, times, jax.random.key(0))  # nothing is dropped
+        draws = Draws(latent_noise, noise, times, jax.random.key(0))  # nothing is dropped
         return losses.mean(
             steps.errors(objective, trainable, frozen, batch, draws), batch["weight"]
         )

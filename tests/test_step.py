@@ -146,8 +146,18 @@ class Setup:
         mean, log_variance = tensor(batch["moments"]).chunk(2, dim=1)
         latents = (mean + torch.exp(0.5 * log_variance) * tensor(draws.latent_noise)) * SCALING
         times = torch.tensor(np.asarray(draws.timesteps)).long()
-        noisy = self.noising.add_noise(latents, tensor(draws.added_noise), times)
-        return latents, tensor(draws.noise), times, noisy
+        asked, added = tensor(draws.noise.asked), tensor(draws.noise.added)
+        if draws.noise.channels is not None:
+            offset = noise_offset(self.objective.loss.noise, latents) * tensor(draws.noise.channels)
+            asked, added = asked + offset, added + offset
+        return latents, asked, times, self.noising.add_noise(latents, added, times)
+
+
+def noise_offset(recipe: Recipe, latents: torch.Tensor) -> torch.Tensor:
+    """Of kohya's `apply_noise_offset`, by which its channels' random numbers are multiplied."""
+    latent_mean = torch.abs(latents.mean(dim=(2, 3), keepdim=True))
+    strength = recipe.offset + recipe.adaptive_noise_scale * latent_mean
+    return torch.clamp(strength, 0.0, None)
 
 
 def one_device():
@@ -317,7 +327,7 @@ def test_a_weighted_error_at_drawn_timesteps_and_noise_is_pytorchs():
     """All options of the loss at once, stated in PyTorch with diffusers' scheduler."""
     setup = Setup("v_prediction")
     weights = weighting.weights(setup.objective.schedule, "min_snr", gamma=5.0)
-    recipe = Recipe(offset=0.1, pyramid={"level": 3}, perturbation=0.1)
+    recipe = Recipe(0.1, 0.5, -0.8, pyramid={"level": 3}, perturbation=0.1)
     how = losses.Loss(
         losses.huber(0.5).error,
         weights,
@@ -325,13 +335,18 @@ def test_a_weighted_error_at_drawn_timesteps_and_noise_is_pytorchs():
         low_discrepancy=True,
         noise=recipe,
     )
-    objective, batch = setup.objective._replace(loss=how), setup.batch(0)
+    setup.objective = objective = setup.objective._replace(loss=how)
+    batch = setup.batch(0)
     batch["weight"][-1] = 0
     run = jax.jit(lambda *args: step.loss(objective, *args))
     ours = run(setup.trainable, setup.frozen, batch, setup.key)
 
     draws = step.draw(setup.key, (4, 4, 6, 4), 1000, how)
     latents, noise, times, noisy = setup.noised(batch, draws)
+    has, strength = draws.noise.channels[:, 0, 0, 0] != 0, noise_offset(recipe, latents)
+    assert 0 < has.sum() < 4  # images with and without an offset
+    assert (strength == 0).any()  # and channels for which it is none
+    assert (strength > 0).any()
     states = setup.text(torch.tensor(batch["input_ids"][:, 0]).long()).last_hidden_state
     with torch.no_grad():
         predicted = setup.unet(noisy, times, states).sample
