@@ -168,12 +168,12 @@ def test_a_models_schedule_is_stretched_as_diffusers_does_it(nano_model, tmp_pat
     options = json.loads(file.read_text()) | {"prediction_type": "v_prediction"}
     file.write_text(json.dumps(options))
     made = begun(tmp_path / "v")
-    theirs = DDIMScheduler.from_config(options, rescale_betas_zero_snr=True)
+    theirs: Any = DDIMScheduler.from_config(options, rescale_betas_zero_snr=True)
     ours = schedule.from_config(made).alphas_cumprod
     # torch's vectorised float32 square root is not correctly rounded, numpy's is.
     np.testing.assert_allclose(ours, theirs.alphas_cumprod, rtol=1e-5)
     assert ours[-1] == 0
-    exported = DDIMScheduler.from_config(made)
+    exported: Any = DDIMScheduler.from_config(made)
     np.testing.assert_array_equal(exported.alphas_cumprod, theirs.alphas_cumprod)
     exported.set_timesteps(10)
     assert exported.timesteps[0] == 999  # where there is noise alone

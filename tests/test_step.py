@@ -329,7 +329,7 @@ def test_a_weighted_error_at_drawn_timesteps_and_noise_is_pytorchs():
     """All options of the loss at once, stated in PyTorch with diffusers' scheduler."""
     setup = Setup("v_prediction")
     weights = weighting.weights(setup.objective.schedule, "min_snr", gamma=5.0)
-    recipe = Recipe(0.1, 0.5, -0.8, pyramid={"level": 3}, perturbation=0.1)
+    recipe = Recipe(0.1, 0.5, -2.5, pyramid={"level": 3}, perturbation=0.1)
     how = losses.Loss(
         losses.huber(0.5).error,
         weights,
@@ -345,7 +345,8 @@ def test_a_weighted_error_at_drawn_timesteps_and_noise_is_pytorchs():
 
     draws = step.draw(setup.key, (4, 4, 6, 4), 1000, how)
     latents, noise, times, noisy = setup.noised(batch, draws)
-    has, strength = draws.noise.channels[:, 0, 0, 0] != 0, noise_offset(recipe, latents)
+    channels: Any = draws.noise.channels
+    has, strength = channels[:, 0, 0, 0] != 0, noise_offset(recipe, latents)
     assert 0 < has.sum() < 4  # images with and without an offset
     assert (strength == 0).any()  # and channels for which it is none
     assert (strength > 0).any()
