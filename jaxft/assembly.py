@@ -87,6 +87,7 @@ def _run(plan: Plan, remat: str, begun: Weights, place: Callable[[Any, Any], Any
     programs = Programs(
         objective,
         plan.optimizer,
+        plan.selection.labels,
         plan.mesh,
         loss_weights=[dataset.loss_weight for dataset in plan.datasets],
         accumulation=plan.accumulation,

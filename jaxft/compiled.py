@@ -19,8 +19,12 @@ from jaxtyping import Array, Float
 
 from jaxft import mesh as meshes
 from jaxft import step as steps
+from jaxft.diffusion import importance
+from jaxft.diffusion.importance import Found
+from jaxft.diffusion.losses import by_range
 from jaxft.hosts import progress
-from jaxft.step import Objective, TrainState, Weights
+from jaxft.step import Judged, Objective, TrainState, Weights
+from jaxft.tuning.groups import Labels
 
 Batch = Mapping[str, Any]
 """See `jaxft.step`."""
@@ -31,10 +35,16 @@ Signature = tuple[tuple[str, tuple[int, ...]], ...]
 class Metrics(NamedTuple):
     """Numbers of one step, still on the device."""
 
-    losses: list[list[Float[Array, ""]]]
+    losses: Float[Array, "d p"]
     """Of each data set, one for each part of an accumulated step."""
+    by_range: Float[Array, "d 2 r"]
+    """Of each data set and range of timesteps, `losses.by_range` of all parts."""
     grad_norm: Float[Array, ""]
     """Before clipping; where it is not finite, nothing was updated."""
+    grad_norms: dict[str, Float[Array, ""]]
+    """Of each group."""
+    update_ratios: dict[str, Float[Array, ""]]
+    """Of each group: norm of what was added to its weights / norm of the weights."""
 
 
 class Programs:
@@ -44,6 +54,7 @@ class Programs:
         self,
         objective: Objective,
         optimizer: optax.GradientTransformation,
+        labels: Labels,
         mesh: Mesh,
         *,
         loss_weights: Sequence[float],
@@ -51,12 +62,20 @@ class Programs:
         averages: bool = False,
     ):
         self._objective, self._optimizer, self._mesh = objective, optimizer, mesh
+        self._labels, self._accumulation = labels, accumulation
         self._factors = [weight / accumulation for weight in loss_weights]
-        self._init = functools.partial(steps.init, optimizer, averages=averages)
+        self._averages = averages
         self._lanes = _lanes(mesh, len(loss_weights))
         self._adds_up = accumulation * len(self._lanes[0]) > 1
         self._threads = ThreadPoolExecutor(len(self._lanes))
         self._compiled: dict[Any, Any] = {}
+
+    def _init(self, trainable: Weights) -> TrainState:
+        state = steps.init(self._optimizer, trainable, averages=self._averages)
+        how = self._objective.loss.importance
+        if how is None:
+            return state
+        return state._replace(memory=importance.begin(how, len(self._factors)))
 
     def state(self, trainable: Weights) -> TrainState:
         """Shapes and shardings of the state for these weights (arrays or shapes)."""
@@ -87,12 +106,16 @@ class Programs:
         jobs: dict[Any, tuple[Any, tuple]] = {
             _signature(batch): (
                 self._gradients(where.trainable),
-                (state.trainable, frozen, self._abstract(batch), *numbers, key, state.step, total),
+                (
+                    *(state.trainable, frozen, self._abstract(batch), *numbers, key),
+                    *(state.step, state.memory, total),
+                ),
             )
             for shapes in batches
             for batch in shapes
         }
-        jobs["update"] = (self._update(where), (state, (grads,) * len(self._lanes)))
+        judged = [self._judged(shapes[0]) for shapes in batches]
+        jobs["update"] = (self._update(where), (state, (grads,) * len(self._lanes), judged))
         if self._adds_up:
             zeros = functools.partial(jax.tree.map, jnp.zeros_like, grads)
             jobs["zeros"] = (jax.jit(zeros, out_shardings=where.trainable), ())
@@ -119,11 +142,11 @@ class Programs:
         `state` is used up: its memory holds what is returned.
         """
         add_up = functools.partial(self._add_up, state, frozen, key, batches)
-        totals, values = zip(*self._threads.map(add_up, self._lanes), strict=True)
-        losses = [losses for lane in values for losses in lane]
+        totals, found = zip(*self._threads.map(add_up, self._lanes), strict=True)
+        judged = [parts for lane in found for parts in lane]
         average = state.average  # is not the update's matter
-        state, norm = self._compiled["update"](state._replace(average={}), totals)
-        return state._replace(average=average), Metrics(losses, norm)
+        state, metrics = self._compiled["update"](state._replace(average={}), totals, judged)
+        return state._replace(average=average), metrics
 
     def average(self, state: TrainState, share: float) -> TrainState:
         """The state with its average moved by `share` of its way to the weights; uses it up."""
@@ -137,19 +160,19 @@ class Programs:
         key: Array,
         batches: Sequence[Sequence[Batch]],
         lane: Sequence[int],
-    ) -> tuple[Any, list[list[Array]]]:
-        """The weighted sum of a lane's gradients, and the losses of each of its data sets."""
+    ) -> tuple[Any, list[list[Judged]]]:
+        """The weighted sum of a lane's gradients, and each of its data sets' batches judged."""
         total = self._compiled["zeros"]() if self._adds_up else None
-        losses: list[list[Array]] = []
+        judged: list[list[Judged]] = []
         for dataset in lane:
-            losses.append([])
+            judged.append([])
             for part, batch in enumerate(batches[dataset]):
                 program, numbers = self._compiled[_signature(batch)], self._numbers(dataset, part)
-                value, total = program(
-                    state.trainable, frozen, batch, *numbers, key, state.step, total
+                found, total = program(
+                    state.trainable, frozen, batch, *numbers, key, state.step, state.memory, total
                 )
-                losses[-1].append(value)
-        return total, losses
+                judged[-1].append(found)
+        return total, judged
 
     def memory(self, state: TrainState, frozen: Weights) -> int:
         """Bytes on a device at the most: what is held, and what the program that needs most adds to
@@ -179,22 +202,55 @@ class Programs:
         objective = self._objective
         gathered = functools.partial(meshes.gathered, self._mesh)
 
-        def run(trainable, frozen, batch, dataset, part, factor, key, step, total):
+        def run(trainable, frozen, batch, dataset, part, factor, key, step, memory, total):
             key = steps.batch_key(key, step, dataset, part)
+            own = jax.tree.map(lambda of_all: of_all[dataset], memory)
             return steps.gradients(
-                objective, factor, trainable, frozen, batch, key, total, gathered
+                objective, factor, trainable, frozen, batch, key, total, gathered, own
             )
 
-        where = (meshes.replicated(self._mesh), where)
-        return jax.jit(run, donate_argnames="total", out_shardings=where)
+        return jax.jit(run, donate_argnames="total", out_shardings=(self._where_judged(), where))
 
     def _update(self, where: TrainState) -> Callable:
-        def run(state, totals):
+        how, count = self._objective.loss.importance, len(self._objective.schedule.alphas_cumprod)
+
+        def run(state, totals, judged):
             grads = functools.reduce(functools.partial(jax.tree.map, jnp.add), totals)
-            return steps.update(self._optimizer, state, grads)
+            new, norm, updates = steps.update(self._optimizer, state, grads)
+            joined = [jax.tree.map(lambda *each: jnp.hstack(each), *parts) for parts in judged]
+            if how is not None:
+                good = jnp.isfinite(norm)
+                found = [Found(d.errors, d.timesteps, good & (d.weight > 0)) for d in joined]
+                new = new._replace(memory=importance.remember(how, state.memory, found))
+            of_each, moved, weights = (
+                steps.norms(self._labels, tree) for tree in (grads, updates, state.trainable)
+            )
+            return new, Metrics(
+                jnp.stack([d.loss for d in joined]),
+                jnp.stack([by_range(d.errors, d.weight, d.timesteps, count) for d in joined]),
+                norm,
+                of_each,
+                jax.tree.map(jnp.divide, moved, weights),
+            )
 
         where_all = (where, meshes.replicated(self._mesh))
         return jax.jit(run, donate_argnums=0, out_shardings=where_all)
+
+    def _where_judged(self) -> Judged:
+        """What is said of images stays where they are."""
+        whole: Any = meshes.replicated(self._mesh)
+        rows: Any = meshes.batch_sharding(self._mesh)
+        return Judged(whole, rows, rows, rows)
+
+    def _judged(self, batch: Batch) -> list[Any]:
+        """Shapes and shardings of what is said of a data set's batches, of each part of a step."""
+
+        def shape(sizes: tuple[int, ...], dtype: Any) -> Any:
+            return jax.ShapeDtypeStruct(sizes, dtype)
+
+        one, each = shape((), np.float32), shape(batch["weight"].shape, np.float32)
+        judged = Judged(one, each, each, shape(each.shape, np.int32))
+        return [_placed(judged, self._where_judged())] * self._accumulation
 
     def _abstract(self, batch: Batch) -> Any:
         where = meshes.batch_sharding(self._mesh)

@@ -133,8 +133,8 @@ OLDER: dict[str, str] = {
 AVERAGES = ("model.ema_unet", "model.ema_text_encoder")
 """Older spellings of `model.ema`: a decay each, 0 for none."""
 
-LOGGERS = ("CLILogger", "TBLogger", "WanDBLogger")
-"""HCP-Diffusion's, without their module."""
+LOGGERS = {"CLILogger": "text", "TBLogger": "tensorboard", "WanDBLogger": "wandb"}
+"""HCP-Diffusion's, without their module -> key of `logger.log_step`."""
 
 ALWAYS = "train.log, metrics.jsonl and tblog/"
 
@@ -270,7 +270,8 @@ def _take_controlnet(tree: dict[str, Any], problems: list[Problem]) -> None:
 def _take_loggers(tree: dict[str, Any], notices: list[Problem], problems: list[Problem]) -> None:
     """Makes `logger` of HCP-Diffusion's list of loggers; those of lines and of TensorBoard are
     always there."""
-    loggers, own = tree.get("logger"), {"wandb": None}
+    loggers, steps = tree.get("logger"), dict.fromkeys([*LOGGERS.values(), "metrics"])
+    own: dict[str, Any] = {"wandb": None, "log_step": steps}
     if not isinstance(loggers, list):
         return
     for number, node in enumerate(loggers):
@@ -278,9 +279,11 @@ def _take_loggers(tree: dict[str, Any], notices: list[Problem], problems: list[P
         if name not in LOGGERS:
             choices = ", ".join(f"hcpdiff.loggers.{one}" for one in LOGGERS)
             problems.append((("logger", str(number)), f"not supported: choose of {choices}"))
-        elif name == "WanDBLogger":
+            continue
+        steps[LOGGERS[name]] = node.get("log_step")
+        if name == "WanDBLogger":
             own["wandb"] = node.get("project", "hcp-diffusion")
-    notices.append((("logger",), f"{ALWAYS} are always written, each train.log_step updates"))
+    notices.append((("logger",), f"{ALWAYS} are always written"))
     tree["logger"] = own
 
 

@@ -11,14 +11,25 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from jaxft.errors import UserError
+
+LOGS: Sequence[str] = ("text", "metrics", "tensorboard", "wandb")
+"""What is written: train.log and lines or a bar on the terminal; metrics.jsonl; TensorBoard's
+files; Weights & Biases' numbers, where asked for."""
+
+TAGS = {"total": "total_loss", "images_per_s": "images_per_second"}
+"""What numbers are called in TensorBoard, where not as in metrics.jsonl."""
+
+Sums = Mapping[str, Mapping[str, Float[np.ndarray, "2"]]]
+"""Data set -> range of timesteps -> the sum of its images' errors, and of their weights."""
 
 
 class RunLog(contextlib.AbstractContextManager):
@@ -26,17 +37,29 @@ class RunLog(contextlib.AbstractContextManager):
 
     A step is never in `metrics.jsonl` twice: records beyond `start_step`, of steps that a crash
     lost and that are now done again, are cut off; TensorBoard hides them. Without a terminal
-    there is no bar, and each record is a printed line. Warnings of the package's loggers go where
-    `message` goes. It may be called from several threads.
+    there is no bar, and each record of `text` is a printed line. Warnings of the package's loggers
+    go where `message` goes. It may be called from several threads.
     """
 
     def __init__(
-        self, folder: Path, total_steps: int, start_step: int = 0, *, wandb: str | None = None
+        self,
+        folder: Path,
+        total_steps: int,
+        start_step: int = 0,
+        *,
+        every: Mapping[str, int] = MappingProxyType({}),
+        wandb: str | None = None,
     ):
-        """`wandb`: the project in which Weights & Biases gets the numbers too.
+        """
+        Args:
+            folder: of the run; made if it is not there.
+            total_steps: of the run.
+            start_step: after which it goes on.
+            every: of each of `LOGS`, steps between two of its records; 1 where not named.
+            wandb: the project in which Weights & Biases gets the numbers too.
 
         Raises:
-            UserError: it is asked for and not installed.
+            UserError: Weights & Biases is asked for and not installed.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._far = _weights_and_biases(wandb, folder) if wandb else None
@@ -59,8 +82,13 @@ class RunLog(contextlib.AbstractContextManager):
         )
         self._total = total_steps
         self._step = self._recorded = start_step
-        self._since = time.monotonic()
-        self._waited = 0.0
+        writers = (self._tell, self._write, self._scalars, self._send)
+        self._writers = dict(zip(LOGS, writers, strict=True))
+        steps = {name: every.get(name, 1) for name in LOGS}
+        self._spans = {
+            count: _Span([name for name in LOGS if steps[name] == count])
+            for count in set(steps.values())
+        }
         self._smooth: float | None = None
         self._writing = threading.RLock()
         self._handler = _Forward(self)
@@ -68,7 +96,8 @@ class RunLog(contextlib.AbstractContextManager):
 
     def start(self) -> None:
         """Starts the clock of all rates: what comes before (caching, compiling) is not in them."""
-        self._since = time.monotonic()
+        for span in self._spans.values():
+            span.begin()
         self._bar.start_t = self._bar.last_print_t = time.time()  # reset() would show step 0
 
     @contextlib.contextmanager
@@ -76,12 +105,21 @@ class RunLog(contextlib.AbstractContextManager):
         """Counts what is done meanwhile as time lost to input."""
         began = time.monotonic()
         yield
-        self._waited += time.monotonic() - began
+        for span in self._spans.values():
+            span.waited += time.monotonic() - began
 
     def advance(self, step: int) -> None:
         """Moves the bar to `step`; needs no number from the device."""
         self._bar.update(step - self._step)
         self._step = step
+
+    def count(self, images: int, sums: Sums = MappingProxyType({})) -> None:
+        """Adds to what the next records tell: images trained on, and losses by timestep."""
+        for span in self._spans.values():
+            span.images += images
+            for name, ranges in sums.items():
+                own = span.sums.setdefault(name, {})
+                own.update({key: own.get(key, 0.0) + value for key, value in ranges.items()})
 
     def record(
         self,
@@ -92,51 +130,33 @@ class RunLog(contextlib.AbstractContextManager):
         loss: Mapping[str, float],
         lr: Mapping[str, float],
         grad_norm: float,
-        images: int,
-        memory: float | None = None,
+        **more: Any,
     ) -> None:
-        """Logs one step.
+        """Records one step in the logs whose turn it is; the first and the last step in all.
 
         `total` is the weighted sum that is minimised, `loss` each dataset's own mean, `lr` each
-        group's rate; `images` counts those trained on since the record before, from which, with
-        the time since then, comes the rate; `memory` is the most that a device has held, in GiB.
-        The numbers may be of a step before the bar's.
+        group's rate; `more` is written beside them, numbers or mappings of numbers. What was
+        counted since a log's record before is told with them, and the rate of images with the time
+        since then. The numbers may be of a step before the bar's.
         """
         assert step > self._recorded, f"step {step} is already recorded"
-        now = time.monotonic()
-        passed = max(now - self._since, 1e-9)
-        rate, lost = images / passed, min(self._waited / passed, 1.0)
-        self._since, self._recorded, self._waited = now, step, 0.0
-        numbers = {
-            "step": step,
-            "epoch": epoch,
-            "total": total,
-            "loss": dict(loss),
-            "lr": dict(lr),
-            "grad_norm": grad_norm,
-            "images_per_s": rate,
-            "input_share": lost,
-            **({} if memory is None else {"memory_gib": memory}),
-            "time": _now(),
-        }
-        self._metrics.write(json.dumps(_finite(numbers)) + "\n")
-        self._scalars(step, numbers)
-        self._send(step, numbers)
-        line = f"step {step}/{self._total} {_line(numbers)}"
-        with self._writing:
-            self._text.write(f"{numbers['time']} {line}\n")
-        if self._bar.disable:
-            print(line, flush=True)
-        previous = total if self._smooth is None else self._smooth
-        self._smooth = 0.9 * previous + 0.1 * total if math.isfinite(total) else previous
-        self._bar.set_postfix_str(f"loss {self._smooth:.4f}, {rate:.2f} images/s", refresh=False)
+        self._recorded = step
+        told = {"total": total, "loss": dict(loss), "lr": dict(lr), "grad_norm": grad_norm, **more}
+        for every, span in self._spans.items():
+            if step % every and step not in (1, self._total):
+                continue
+            numbers = {"step": step, "epoch": epoch, **told, **span.numbers(), "time": _now()}
+            span.begin()
+            for name in span.logs:
+                self._writers[name](step, numbers)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Takes what is done meanwhile out of the rate."""
         began = time.monotonic()
         yield
-        self._since += time.monotonic() - began
+        for span in self._spans.values():
+            span.since += time.monotonic() - began
 
     def judge(
         self,
@@ -157,7 +177,7 @@ class RunLog(contextlib.AbstractContextManager):
             "curves": {name: dict(own) for name, own in losses.items()},
             "time": _now(),
         }
-        self._metrics.write(json.dumps(_finite(numbers)) + "\n")
+        self._write(step, numbers)
         self._send(step, {"validation": means})
         for name, own in means.items():
             for which, value in own.items():
@@ -187,20 +207,54 @@ class RunLog(contextlib.AbstractContextManager):
         self._metrics.close()
         self._text.close()
 
+    def _tell(self, step: int, numbers: Mapping[str, Any]) -> None:
+        line = f"step {step}/{self._total} {_line(numbers)}"
+        with self._writing:
+            self._text.write(f"{numbers['time']} {line}\n")
+        if self._bar.disable:
+            print(line, flush=True)
+        total, rate = numbers["total"], numbers["images_per_s"]
+        previous = total if self._smooth is None else self._smooth
+        self._smooth = 0.9 * previous + 0.1 * total if math.isfinite(total) else previous
+        self._bar.set_postfix_str(f"loss {self._smooth:.4f}, {rate:.2f} images/s", refresh=False)
+
+    def _write(self, _: int, numbers: Mapping[str, Any]) -> None:
+        self._metrics.write(json.dumps(_finite(numbers)) + "\n")
+
     def _scalars(self, step: int, numbers: Mapping[str, Any]) -> None:
-        for name in ("loss", "lr"):
-            for key, value in numbers[name].items():
-                self._board.add_scalar(f"{name}/{key}", value, step)
-        self._board.add_scalar("total_loss", numbers["total"], step)
-        self._board.add_scalar("grad_norm", numbers["grad_norm"], step)
-        self._board.add_scalar("images_per_second", numbers["images_per_s"], step)
-        self._board.add_scalar("input_share", numbers["input_share"], step)
-        if "memory_gib" in numbers:
-            self._board.add_scalar("memory_gib", numbers["memory_gib"], step)
+        for path, value in _flat(numbers):
+            if path not in ("step", "epoch"):
+                self._board.add_scalar(TAGS.get(path, path), value, step)
 
     def _send(self, step: int, numbers: Mapping[str, Any]) -> None:
         if self._far:
             self._far.log({"step": step, **dict(_flat(numbers))})
+
+
+class _Span:
+    """What is counted between two records of logs that are written in the same steps."""
+
+    def __init__(self, logs: Sequence[str]):
+        self.logs = logs
+        self.begin()
+
+    def begin(self) -> None:
+        """Nothing is counted yet."""
+        self.since, self.waited, self.images = time.monotonic(), 0.0, 0
+        self.sums: dict[str, dict[str, Any]] = {}
+
+    def numbers(self) -> dict[str, Any]:
+        """What has been counted, as records tell it."""
+        passed = max(time.monotonic() - self.since, 1e-9)
+        means = {
+            name: {key: float(error / weight) for key, (error, weight) in own.items() if weight > 0}
+            for name, own in self.sums.items()
+        }
+        return {
+            "images_per_s": self.images / passed,
+            "input_share": min(self.waited / passed, 1.0),
+            **({"loss_by_timestep": means} if means else {}),
+        }
 
 
 class _Far:

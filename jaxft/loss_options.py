@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxft import compat
 from jaxft.config import Config
-from jaxft.diffusion import guidance, weighting
+from jaxft.diffusion import guidance, importance, weighting
 from jaxft.diffusion.losses import Criterion, Loss, Width
 from jaxft.diffusion.noise import Recipe
 from jaxft.diffusion.schedule import NoiseSchedule
@@ -36,11 +36,11 @@ def from_config(train: Config, noising: NoiseSchedule) -> Loss:
             "the model's noise schedule ends in noise alone (rescale_betas_zero_snr), where the "
             "prediction of noise teaches nothing: it needs prediction_type: v_prediction"
         )
-    chances = None
+    drawn = None
     if options.timesteps != "uniform" or options.timesteps_kwargs:
-        chances = _built(
-            weighting.TIMESTEPS, options, "timesteps", lambda make, kw: make(count, **kw)
-        )
+        ways = {**weighting.TIMESTEPS, "importance": importance.recipe}
+        drawn = _built(ways, options, "timesteps", lambda make, kw: make(count, **kw))
+    by_loss = options.timesteps == "importance"
     target = noising.prediction_type if options.target is None else options.target
     weights, units = _weights(criterion, options, noising, target), weighting.units(noising, target)
     if criterion.width is not None:
@@ -53,7 +53,8 @@ def from_config(train: Config, noising: NoiseSchedule) -> Loss:
         units,
         criterion.ssim,
         options.normalise_mask,
-        chances,
+        None if by_loss else drawn,
+        drawn if by_loss else None,
         options.low_discrepancy,
         _noise(train.noise),
         guidance.scales(str(train.cfg_scale), count),
@@ -121,4 +122,16 @@ def _noise(options: Config) -> Recipe:
             raise UserError(
                 f"train.noise.pyramid: {', '.join(unknown)} unknown; known: {', '.join(PYRAMID)}"
             )
-    return Recipe(options.offset, pyramid, options.perturbation)
+    chance, scale = options.offset_probability, options.adaptive_noise_scale
+    if not 0 < chance <= 1:
+        raise UserError(f"train.noise.offset_probability: {chance:g} must be above 0, up to 1")
+    if chance < 1 and not (options.offset or scale):
+        raise UserError(
+            "train.noise.offset_probability: there is no offset; set train.noise.offset"
+        )
+    if scale < 0 and not options.offset:
+        raise UserError(
+            f"train.noise.adaptive_noise_scale: {scale:g} makes train.noise.offset weaker, which "
+            "is 0; set that too"
+        )
+    return Recipe(options.offset, chance, scale, pyramid, options.perturbation)

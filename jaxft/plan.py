@@ -32,6 +32,7 @@ from jaxft.data import captions, source
 from jaxft.data.loader import Dataset
 from jaxft.diffusion import guidance, schedule
 from jaxft.diffusion.losses import Loss
+from jaxft.diffusion.noise import Recipe
 from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder, single_file
 from jaxft.previews import Preview
@@ -142,6 +143,7 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
             *selected.notices,
             *steered.notices,
             *_not_written(config, selected),
+            *_alike(judged, total_steps * train.gradient_accumulation_steps, sets),
             *told,
         ],
     )
@@ -155,7 +157,23 @@ def _begin(config: Config) -> tuple[Begun, list[str]]:
     )
     if not diffusers_folder.is_inpainting(model):
         diffusers_folder.check_text_to_image(model)
+    if options.zero_terminal_snr:
+        model = _ending_in_noise(model)
     return warm_start.read(config.train.warm_start, model), opened
+
+
+def _ending_in_noise(model: diffusers_folder.Model) -> diffusers_folder.Model:
+    """The model with the schedule of Lin et al. 2023 (https://arxiv.org/abs/2305.08891), which
+    samplers must begin at its end."""
+    kind = model.scheduler.get("prediction_type", "epsilon")
+    if kind != "v_prediction":
+        raise UserError(
+            f"model.zero_terminal_snr: {model.folder} has prediction_type: {kind}, and where there "
+            "is noise alone only the prediction of v teaches something; set it to false, or train "
+            "a model with prediction_type: v_prediction"
+        )
+    schedule = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return model._replace(scheduler=model.scheduler | schedule)
 
 
 def _not_written(config: Config, selected: Selection) -> list[str]:
@@ -169,6 +187,20 @@ def _not_written(config: Config, selected: Selection) -> list[str]:
     ]
 
 
+def _alike(judged: Loss, batches: int, sets: Sequence[Dataset]) -> list[str]:
+    """A notice of losses that are too few to draw timesteps by."""
+    how = judged.importance
+    if how is None:
+        return []
+    return [
+        f"train.loss.timesteps: importance has no effect on {dataset.name}: of its "
+        f"{batches * dataset.plan.batch_size} images too few come to each range; lower ranges or "
+        "history of timesteps_kwargs"
+        for dataset in sets
+        if batches * dataset.plan.batch_size < how.ranges * how.history
+    ]
+
+
 def _check_counts(config: Config) -> None:
     train = config.train
     for key in ("train_steps", "gradient_accumulation_steps", "save_step", "keep_last", "log_step"):
@@ -178,6 +210,11 @@ def _check_counts(config: Config) -> None:
         raise UserError(f"train.train_epochs: {train.train_epochs} must be at least 1")
     if train.workers < 0:
         raise UserError(f"train.workers: {train.workers} must be at least 0")
+    if config.logger.log_step.wandb is not None and config.logger.wandb is None:
+        raise UserError(
+            "logger.log_step.wandb: nothing goes to Weights & Biases; name a project in "
+            "logger.wandb, or leave it out"
+        )
     if not config.data:
         raise UserError("data: no data set; inherit configs/train/dataset/base_dataset.yaml")
 
@@ -200,11 +237,12 @@ def describe(plan: Plan) -> str:
     devices = f"{plan.mesh.size} × {jax.devices()[0].device_kind}"
     layout = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.shape.items())
     schedule_name = train.scheduler.name
+    ending = ", down to noise alone" if plan.noising.alphas_cumprod[-1] == 0 else ""
     length = (
         f"{train.train_epochs} epochs" if train.train_epochs else f"{train.train_steps} updates"
     )
     blocks = [
-        ("model", [f"{plan.model.folder} ({plan.noising.prediction_type})"]),
+        ("model", [f"{plan.model.folder} ({plan.noising.prediction_type}{ending})"]),
         ("devices", [f"{devices} ({layout}), computing in {COMPUTE[config.mixed_precision]}"]),
         ("train", [_group_line(plan, group) for group in plan.selection.groups]),
         ("data", [line for dataset in plan.datasets for line in _dataset_lines(dataset)]),
@@ -259,8 +297,11 @@ def _loss_lines(train: Config) -> list[str]:
         told.append(" ".join([times, *spread, "timesteps"]))
     if (scale := str(train.cfg_scale)) not in guidance.OFF:
         told.append(f"guidance {scale}")
+    usual = Recipe()._asdict()
     told += [
-        f"{key} noise {value}" for key, value in noise.to_dict().items() if value not in (0, None)
+        f"{key.replace('_', ' ')} {value}" if "_" in key else f"{key} noise {value}"
+        for key, value in noise.to_dict().items()
+        if value != usual[key]
     ]
     return ["; ".join(told)] if told else []
 

@@ -12,7 +12,9 @@ import numpy as np
 from jaxft import controls, low_rank, params, selection, tensor_file, words
 from jaxft import mesh as meshes
 from jaxft.compiled import Metrics
+from jaxft.config import Config
 from jaxft.data.records import Record
+from jaxft.diffusion import losses
 from jaxft.errors import UserError
 from jaxft.formats import controlnet, diffusers_folder, embeddings, hcp, lora, modelspec, webui
 from jaxft.formats.diffusers_folder import Component, Model
@@ -35,8 +37,10 @@ MAX_SKIPPED = 3
 class Numbers:
     """The numbers of steps, fetched when later steps are under way, checked and logged."""
 
-    def __init__(self, plan: Plan, log: RunLog, start: int):
-        self._plan, self._log, self._logged = plan, log, start
+    def __init__(self, plan: Plan, log: RunLog):
+        self._plan, self._log = plan, log
+        self._every = {*log_steps(plan.config).values()}
+        self._ranges = losses.range_names(len(plan.noising.alphas_cumprod))
         self._skipped = 0
         self._pending: deque[tuple[int, Metrics]] = deque()
 
@@ -55,7 +59,8 @@ class Numbers:
         while self._pending:
             self._settle(*self._pending.popleft())
 
-    def _settle(self, step: int, metrics: Metrics) -> None:
+    def _settle(self, step: int, on_device: Metrics) -> None:
+        metrics = meshes.fetch(on_device)
         grad_norm = float(metrics.grad_norm)
         self._skipped = 0 if math.isfinite(grad_norm) else self._skipped + 1
         if self._skipped:
@@ -65,23 +70,31 @@ class Numbers:
                 f"step {step}: {self._skipped} updates in a row without a finite gradient; lower "
                 "the rates, or compute in float32 (mixed_precision=no), and resume"
             )
-        plan = self._plan
-        if step % plan.config.train.log_step and step not in (1, plan.total_steps):
+        plan, names = self._plan, [dataset.name for dataset in self._plan.datasets]
+        by_range = [dict(zip(self._ranges, own.T, strict=True)) for own in metrics.by_range]
+        told = {} if self._skipped else dict(zip(names, by_range, strict=True))
+        self._log.count(plan.images_per_step, told)
+        if all(step % every for every in self._every) and step not in (1, plan.total_steps):
             return
-        names = [dataset.name for dataset in plan.datasets]
-        losses = [float(np.mean([float(part) for part in parts])) for parts in metrics.losses]
-        weights = [dataset.loss_weight for dataset in plan.datasets]
+        means = metrics.losses.mean(axis=1).tolist()
+        memory = meshes.most_held(plan.mesh)
         self._log.record(
             step,
             epoch=int(plan.epoch(step - 1)),
-            total=float(np.dot(losses, weights)),
-            loss=dict(zip(names, losses, strict=True)),
+            total=float(np.dot(means, [dataset.loss_weight for dataset in plan.datasets])),
+            loss=dict(zip(names, means, strict=True)),
             lr={name: float(rate(step - 1)) for name, rate in plan.rates.items()},
             grad_norm=grad_norm,
-            images=(step - self._logged) * plan.images_per_step,
-            memory=meshes.most_held(plan.mesh),
+            grad_norms={name: float(norm) for name, norm in metrics.grad_norms.items()},
+            update_ratios={name: float(ratio) for name, ratio in metrics.update_ratios.items()},
+            **({} if memory is None else {"memory_gib": memory}),
         )
-        self._logged = step
+
+
+def log_steps(config: Config) -> dict[str, int]:
+    """Of each log, updates between two of its records."""
+    own = config.logger.log_step.items()
+    return {name: config.train.log_step if count is None else count for name, count in own}
 
 
 def parts_of(plan: Plan, trained: Trained, average: Trained) -> dict[str, Kinds]:

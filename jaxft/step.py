@@ -24,7 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxft import params
-from jaxft.diffusion import conditioning, losses, schedule, ssim, weighting
+from jaxft.diffusion import conditioning, importance, losses, schedule, ssim, weighting
 from jaxft.diffusion import noise as noises
 from jaxft.models import vae
 from jaxft.models.encoder import Added
@@ -39,6 +39,7 @@ from jaxft.shapes import (
     Timesteps,
 )
 from jaxft.tuning import rounding, schedule_free
+from jaxft.tuning.groups import Labels
 
 Weights = dict[str, Params]
 """Network (`unet`, `vae`, `text_encoder`, `controlnet`) -> its weights, or some of them;
@@ -56,6 +57,8 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     average: Weights
     """Of `trainable`, float32; empty where none is kept."""
+    memory: importance.Memory | None = None
+    """Of the data sets' losses; None where timesteps are not drawn by them."""
 
 
 class Objective(NamedTuple):
@@ -78,12 +81,11 @@ class Draws(NamedTuple):
     """The random part of a step."""
 
     latent_noise: Latents
-    noise: Latents
-    """What the network is asked for."""
-    added_noise: Latents
-    """What is added to the latents."""
+    noise: noises.Drawn
     timesteps: Timesteps
     dropout_key: Array
+    importance: Float[Array, " b"] | None = None
+    """How much images count at these timesteps: 1 / (their chances × T); None: all alike."""
     masked_noise: Latents | None = None
     """For inpainting: as `latent_noise`, of the masked images."""
 
@@ -92,18 +94,39 @@ MASKED = 2**31 - 1
 """What is folded into the dropouts' key for `masked_noise`; no dropout has this number."""
 
 
+class Judged(NamedTuple):
+    """A batch by the network's predictions."""
+
+    loss: Float[Array, ""]
+    """What is made small: the mean of the images' errors."""
+    errors: Float[Array, " b"]
+    weight: Float[Array, " b"]
+    """How much each image counts, more at timesteps that are seldom drawn for their small loss."""
+    timesteps: Timesteps
+
+
 def draw(
-    key: Array, shape: tuple[int, ...], num_timesteps: int, how: losses.Loss = losses.PLAIN
+    key: Array,
+    shape: tuple[int, ...],
+    num_timesteps: int,
+    how: losses.Loss = losses.PLAIN,
+    memory: importance.Memory | None = None,
 ) -> Draws:
     """Noise and timesteps for latents [b, h, w, c]; the same on any number of devices."""
     latent_key, noise_key, time_key, dropout_key = jax.random.split(key, 4)
-    if how.chances is None and not how.low_discrepancy:
+    chances, counts = how.chances, None
+    if how.importance is not None and memory is not None:
+        chances = importance.chances(how.importance, memory)
+    if chances is None and not how.low_discrepancy:
         timesteps = jax.random.randint(time_key, shape[:1], 0, num_timesteps)
     else:
-        chances = weighting.uniform(num_timesteps) if how.chances is None else how.chances
+        chances = weighting.uniform(num_timesteps) if chances is None else chances
         timesteps = weighting.draw(time_key, shape[0], chances, low_discrepancy=how.low_discrepancy)
+    if memory is not None:
+        counts = 1 / (num_timesteps * jnp.asarray(chances)[timesteps])
     latent_noise = jax.random.normal(latent_key, shape)
-    return Draws(latent_noise, *noises.draw(noise_key, shape, how.noise), timesteps, dropout_key)
+    noise = noises.draw(noise_key, shape, how.noise)
+    return Draws(latent_noise, noise, timesteps, dropout_key, counts)
 
 
 def batch_key(key: Array, step: Array | int, dataset: Array | int, part: Array | int) -> Array:
@@ -128,13 +151,30 @@ def loss(
     objective: Objective, trainable: Weights, frozen: Weights, batch: dict[str, Array], key: Array
 ) -> Float[Array, ""]:
     """Mean error of the UNet's prediction, squared by default; Ho et al. 2020, eq. 14; float32."""
+    return judged(objective, trainable, frozen, batch, key).loss
+
+
+def judged(
+    objective: Objective,
+    trainable: Weights,
+    frozen: Weights,
+    batch: dict[str, Array],
+    key: Array,
+    memory: importance.Memory | None = None,
+) -> Judged:
+    """`loss`, and what it is the mean of; `memory` is that of the batch's data set."""
     batch = encoded(objective, frozen, batch)
     num_timesteps, shape = len(objective.schedule.alphas_cumprod), latent_shape(batch["moments"])
-    draws = draw(key, shape, num_timesteps, objective.loss)
+    draws = draw(key, shape, num_timesteps, objective.loss, memory)
     if "masked_moments" in batch:
         masked_key = jax.random.fold_in(draws.dropout_key, MASKED)
         draws = draws._replace(masked_noise=jax.random.normal(masked_key, shape))
-    return error(objective, trainable, frozen, batch, draws)
+    found = errors(objective, trainable, frozen, batch, draws)
+    weight = batch["weight"]
+    if draws.importance is None:
+        return Judged(losses.mean(found, weight), found, weight, draws.timesteps)
+    value = losses.mean(found * draws.importance, weight)
+    return Judged(value, found, weight * draws.importance, draws.timesteps)
 
 
 def encoded(objective: Objective, frozen: Weights, batch: dict[str, Array]) -> dict[str, Array]:
@@ -163,20 +203,24 @@ def weights_of(name: str, trainable: Weights, frozen: Weights) -> Params:
     return frozen.get(name, {}) | trainable.get(name, {}) | trainable.get(f"lora_{name}", {})
 
 
-def error(
+def errors(
     objective: Objective,
     trainable: Weights,
     frozen: Weights,
     batch: dict[str, Array],
     draws: Draws,
-) -> Float[Array, ""]:
-    """`loss`, of a batch with moments, at the noise and the timesteps that were drawn."""
+) -> Float[Array, " b"]:
+    """The error of each image of a batch with moments, at the noise and the timesteps drawn."""
     nets, noising = objective.networks, objective.schedule
     parts = (*nets, "words")
     weights = {name: weights_of(name, trainable, frozen) for name in parts}
     before = {name: frozen.get(name, {}) | frozen.get(f"teacher_{name}", {}) for name in parts}
     latents = vae.sample_latents(batch["moments"], draws.latent_noise) * objective.scaling_factor
-    noisy = schedule.add_noise(noising, latents, draws.added_noise, draws.timesteps)
+    asked, added, channels = draws.noise
+    if channels is not None:
+        offset = noises.offset(channels, latents, objective.loss.noise)
+        asked, added = asked + offset, added + offset
+    noisy = schedule.add_noise(noising, latents, added, draws.timesteps)
     for number, (name, keys) in enumerate(objective.dropouts.items()):
         drawn = jax.random.split(jax.random.fold_in(draws.dropout_key, number), len(keys))
         weights[name] |= dict(zip(keys, drawn, strict=True))
@@ -186,8 +230,8 @@ def error(
     if "teacher" in batch:
         wanted = _predict(objective, before, batch, seen, draws.timesteps).astype(jnp.float32)
     else:
-        wanted = schedule.target(noising, latents, draws.noise, draws.timesteps)
-    return _judged(objective, predicted, wanted, noisy, batch, draws.timesteps)
+        wanted = schedule.target(noising, latents, asked, draws.timesteps)
+    return _compared(objective, predicted, wanted, noisy, batch, draws.timesteps)
 
 
 def _seen(objective: Objective, noisy: Latents, batch: dict[str, Array], draws: Draws) -> Features:
@@ -200,24 +244,23 @@ def _seen(objective: Objective, noisy: Latents, batch: dict[str, Array], draws: 
     return jnp.concatenate([noisy, holes, left * objective.scaling_factor], axis=-1)
 
 
-def _judged(
+def _compared(
     objective: Objective,
     predicted: Latents,
     wanted: Latents,
     noisy: Latents,
     batch: dict[str, Array],
     timesteps: Timesteps,
-) -> Float[Array, ""]:
-    """The mean error of predictions."""
+) -> Float[Array, " b"]:
+    """The error of each image's prediction."""
     how, mask = objective.loss, batch.get("mask")
     scale, unit = (
         None if table is None else jnp.asarray(table)[timesteps]
         for table in (how.weights, how.units)
     )
-    value = losses.mean_error(
+    each = losses.image_errors(
         predicted,
         wanted,
-        batch["weight"],
         error=how.error,
         scale=scale,
         unit=unit,
@@ -228,11 +271,10 @@ def _judged(
         latents, truth = (
             schedule.clean(objective.schedule, one, noisy, timesteps) for one in (predicted, wanted)
         )
-        errors = ssim.dissimilarity(latents, truth)
+        unlike = ssim.dissimilarity(latents, truth)
         inner = None if mask is None else ssim.inner(mask)
-        each = losses.of_each(errors, inner, normalise_mask=how.normalise_mask)
-        value += how.ssim * losses.mean(each, batch["weight"])
-    return value
+        each += how.ssim * losses.of_each(unlike, inner, normalise_mask=how.normalise_mask)
+    return each
 
 
 def _predict(
@@ -298,16 +340,18 @@ def gradients(
     key: Array,
     total: Weights | None,
     gathered: Callable[[Weights], Weights] = lambda weights: weights,
-) -> tuple[Float[Array, ""], Weights]:
-    """A batch's loss, and `total` plus `factor` times its gradient (None: nothing to add to), which
+    memory: importance.Memory | None = None,
+) -> tuple[Judged, Weights]:
+    """A batch judged, and `total` plus `factor` times its gradient (None: nothing to add to), which
     is float32. `gathered` makes of weights as they lie on devices those that are computed with."""
 
-    def loss_of(trained: Weights) -> Array:
-        return loss(objective, gathered(trained), gathered(frozen), batch, key)
+    def loss_of(trained: Weights) -> tuple[Array, Judged]:
+        found = judged(objective, gathered(trained), gathered(frozen), batch, key, memory)
+        return found.loss, found
 
-    value, grads = jax.value_and_grad(loss_of)(_whole(trainable))
+    (_, found), grads = jax.value_and_grad(loss_of, has_aux=True)(_whole(trainable))
     grads = jax.tree.map(lambda g: factor * g, grads)
-    return value, grads if total is None else jax.tree.map(jnp.add, total, grads)
+    return found, grads if total is None else jax.tree.map(jnp.add, total, grads)
 
 
 def init(
@@ -331,21 +375,36 @@ def averaged(average: Weights, trainable: Weights, share: Float[Array, ""] | flo
 
 def update(
     optimizer: optax.GradientTransformation, state: TrainState, grads: Weights
-) -> tuple[TrainState, Float[Array, ""]]:
-    """The next state and the gradient's global norm before clipping.
+) -> tuple[TrainState, Float[Array, ""], Weights]:
+    """The next state, the gradient's global norm before clipping, and what the weights have got.
 
     A gradient that is not finite leaves weights and optimizer as they were, bit for bit.
     """
     norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
     finite = jnp.isfinite(norm)
     whole = _whole(state.trainable)
+    updates: Any
     updates, opt_state = optimizer.update(grads, state.opt_state, whole)
     moved = rounding.like(optax.apply_updates(whole, updates), state.trainable, state.step)
     changed = (moved, opt_state)
     trainable, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), changed, (state.trainable, state.opt_state)
     )
-    return TrainState(state.step + 1, trainable, opt_state, state.average), norm
+    return (
+        state._replace(step=state.step + 1, trainable=trainable, opt_state=opt_state),
+        norm,
+        updates,
+    )
+
+
+def norms(labels: Labels, weights: Weights) -> dict[str, Float[Array, ""]]:
+    """Euclidean norm of all numbers of each group."""
+    squares: dict[str, Array] = {}
+    for part, own in _whole(weights).items():
+        for name, value in own.items():
+            group, square = labels[part][name], jnp.sum(jnp.square(value))
+            squares[group] = squares[group] + square if group in squares else square
+    return {group: jnp.sqrt(square) for group, square in squares.items()}
 
 
 def result(state: TrainState) -> Weights:

@@ -33,7 +33,7 @@ from jaxft.lock import lock
 from jaxft.log import RunLog
 from jaxft.painter import Painter
 from jaxft.plan import Plan
-from jaxft.records import Numbers, Parts, export, lasting, parts_of, words_of
+from jaxft.records import Numbers, Parts, export, lasting, log_steps, parts_of, words_of
 from jaxft.signals import Stop
 from jaxft.step import TrainState, result
 from jaxft.validation import Validation
@@ -150,7 +150,8 @@ def _log(plan: Plan, folder: Path, start: int) -> RunLog:
     """The log of a run, for the first process; others say nothing."""
     if not hosts.is_first():
         return cast(RunLog, hosts.Mute())
-    return RunLog(folder, plan.total_steps, start, wandb=plan.config.logger.wandb)
+    every, project = log_steps(plan.config), plan.config.logger.wandb
+    return RunLog(folder, plan.total_steps, start, every=every, wandb=project)
 
 
 def _parts(plan: Plan, folder: Path) -> Parts:
@@ -249,7 +250,7 @@ def _loop(
 ) -> int:
     """Steps `start` to the end, or to the one in which the user asks to stop."""
     plan, every = run.plan, run.plan.config.train.save_step
-    numbers, data = Numbers(plan, log, start), _fingerprint(plan)
+    numbers, data = Numbers(plan, log), _fingerprint(plan)
     asked, largest = 0, hosts.Largest(plan.mesh)
     watchers = [Validation(run, folder, log), Painter(run, folder, log)]
     if not start:

@@ -19,6 +19,7 @@ from jaxft import mesh as meshes
 from jaxft import step as steps
 from jaxft.assembly import Run
 from jaxft.data.loader import Dataset
+from jaxft.diffusion import losses
 from jaxft.diffusion import noise as noises
 from jaxft.log import RunLog
 from jaxft.step import Draws, Objective, TrainState, Weights
@@ -114,15 +115,17 @@ def curve(
     def draw(seed: Array, timestep: Array) -> Any:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), seed), timestep)
         latent_key, noise_key = jax.random.split(key)
-        noise, added = noises.draw(noise_key, (1, *shape), objective.loss.noise)
-        return jax.random.normal(latent_key, tuple(shape)), noise[0], added[0]
+        noise = noises.draw(noise_key, (1, *shape), objective.loss.noise)
+        return jax.random.normal(latent_key, tuple(shape)), jax.tree.map(lambda x: x[0], noise)
 
     def at(timestep: Array) -> Array:
-        latent_noise, noise, added = jax.vmap(lambda seed: draw(seed, timestep))(seeds)
+        latent_noise, noise = jax.vmap(lambda seed: draw(seed, timestep))(seeds)
         times = jnp.full(len(seeds), timestep)
-        draws = Draws(latent_noise, noise, added, times, jax.random.key(0))  # nothing is dropped
+        draws = Draws(latent_noise, noise, times, jax.random.key(0))  # nothing is dropped
         if "masked_moments" in batch:
             draws = draws._replace(masked_noise=latent_noise)
-        return steps.error(objective, trainable, frozen, batch, draws)
+        return losses.mean(
+            steps.errors(objective, trainable, frozen, batch, draws), batch["weight"]
+        )
 
     return jax.lax.map(at, jnp.asarray(timesteps))

@@ -93,6 +93,7 @@ class Ours:
         self.programs = Programs(
             objective,
             optimizer,
+            labels,
             self.mesh,
             loss_weights=[1.0],
             accumulation=1,
@@ -148,7 +149,7 @@ class Theirs:
     def step(self, batch: Batch) -> float:
         """One update; returns its loss."""
         mean, log_variance = self._tensor(batch.arrays["moments"]).chunk(2, dim=1)
-        drawn = [self._tensor(x) for x in (batch.draws.latent_noise, batch.draws.noise)]
+        drawn = [self._tensor(x) for x in (batch.draws.latent_noise, batch.draws.noise.asked)]
         latents = (mean + torch.exp(0.5 * log_variance) * drawn[0]) * SCALING
         times = torch.tensor(np.asarray(batch.draws.timesteps)).long().to(self.device)
         noisy = self.noising.add_noise(latents, drawn[1], times)

@@ -68,14 +68,15 @@ class Training:
         }
         noising = schedule.from_config({"beta_schedule": "scaled_linear"})
         self.objective = step.Objective({"unet": graphdef}, noising, 0.18215, jnp.float32)
-        labels = {"unet": dict.fromkeys(self.trainable["unet"], "all")}
-        self.optimizer = optimizers.grouped(labels, {"all": optimizers.adamw(2e-4)}, 1.0)
+        self.labels = {"unet": dict.fromkeys(self.trainable["unet"], "all")}
+        self.optimizer = optimizers.grouped(self.labels, {"all": optimizers.adamw(2e-4)}, 1.0)
 
     def programs(self, mesh: Mesh) -> Programs:
         """Not compiled yet."""
         return Programs(
             self.objective,
             self.optimizer,
+            self.labels,
             mesh,
             loss_weights=[1.0],
             accumulation=1,
@@ -138,14 +139,14 @@ def main(folder: Path) -> None:
         drawn = step.draw(jax.random.key(1), (IMAGES, 4, 6, 4), 1000)
         where = meshes.batch_sharding(mesh)
         split = jax.jit(
-            lambda key: step.draw(key, (IMAGES, 4, 6, 4), 1000).noise, out_shardings=where
+            lambda key: step.draw(key, (IMAGES, 4, 6, 4), 1000).noise.asked, out_shardings=where
         )(jax.random.key(1))
         found[name] = {
             "losses": losses,
             "bytes": bytes_on_a_device(large),
             "whole": sum(leaf.nbytes for leaf in large),
             "collectives": said,
-            "same_noise": same_bits(split, drawn.noise),
+            "same_noise": same_bits(split, drawn.noise.asked),
         }
         checkpoints.save(number, state, {})
         states[number] = state

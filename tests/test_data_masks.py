@@ -72,16 +72,15 @@ def test_the_loss_is_the_mean_of_the_masked_errors(rng):
     """`mean(criterion(...) * mask)`, as HCP-Diffusion's; not divided by the mask's sum."""
     predicted, wanted = rng.standard_normal((2, 3, 4, 6, 4)).astype(np.float32)
     mask = rng.uniform(0, 5, (3, 4, 6)).astype(np.float32)
-    ours = losses.mean_error(predicted, wanted, np.ones(3, np.float32), mask=mask)
+    ours = losses.image_errors(predicted, wanted, mask=mask).mean()
     error = torch.nn.functional.mse_loss(
         torch.tensor(predicted), torch.tensor(wanted), reduction="none"
     )
     theirs = (error * torch.tensor(mask)[..., None]).mean()
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
-    weight = np.array([1, 0, 1], np.float32)
-    filled = losses.mean_error(predicted, wanted, weight, mask=mask)
-    kept = losses.mean_error(predicted[::2], wanted[::2], weight[::2], mask=mask[::2])
-    np.testing.assert_allclose(filled, kept, rtol=1e-6)
+    each = losses.image_errors(predicted, wanted, mask=mask)
+    filled = losses.mean(each, np.array([1, 0, 1], np.float32))
+    np.testing.assert_allclose(filled, each[::2].mean(), rtol=1e-6)
 
 
 @pytest.fixture

@@ -138,12 +138,18 @@ def test_a_low_discrepancy_batch_covers_the_range_evenly():
 # ------------------------------------------------------------------------------------------ noise
 
 
-def test_offset_noise_moves_whole_channels():
-    noise = jax.random.normal(KEY, (3, 4, 5, 4))
-    added = np.asarray(noises.offset(KEY, noise, 0.1) - noise)
-    np.testing.assert_allclose(added, np.broadcast_to(added[:, :1, :1], added.shape), atol=1e-6)
-    many = noises.offset(jax.random.key(1), jnp.zeros((5000, 1, 1, 4)), 0.1)
-    assert np.std(many) == pytest.approx(0.1, rel=0.03)
+def test_offsets_are_a_number_for_each_channel_of_some_images():
+    recipe = noises.Recipe(offset=0.1, offset_probability=0.3)
+    channels = noises.draw(KEY, (5000, 1, 1, 4), recipe).channels
+    assert channels is not None
+    offset = np.asarray(noises.offset(channels, jnp.zeros((5000, 1, 1, 4)), recipe))
+    has = np.any(offset != 0, axis=(1, 2, 3))
+    assert has.mean() == pytest.approx(0.3, abs=0.03)
+    assert np.all(offset[has] != 0)
+    assert np.std(offset[has]) == pytest.approx(0.1, rel=0.03)
+    without = noises.draw(KEY, (2, 4, 5, 4))
+    np.testing.assert_array_equal(noises.draw(KEY, (2, 4, 5, 4), recipe).asked, without.asked)
+    assert without.channels is None
 
 
 def test_upscaling_is_pytorchs(rng):

@@ -62,7 +62,7 @@ def test_keys_of_hcp_diffusion_are_refused_with_a_reason(tmp_path, schema, text,
     assert line.startswith(f"{own}: {key}: not supported: ")
 
 
-def test_a_list_of_loggers_says_whether_weights_and_biases_is_one(tmp_path):
+def test_a_list_of_loggers_says_whether_weights_and_biases_is_one_and_when_each_writes(tmp_path):
     own = tmp_path / "own.yaml"
     lines = "{_target_: hcpdiff.loggers.CLILogger, out_path: train.log, log_step: 20}"
     far = "{_target_: hcpdiff.loggers.WanDBLogger, _partial_: true, log_step: 5}"
@@ -70,7 +70,9 @@ def test_a_list_of_loggers_says_whether_weights_and_biases_is_one(tmp_path):
         own.write_text(f"logger: [{loggers}]")
         loaded, (notice,) = config.load(str(own), [NEEDED["train"]])
         assert loaded.logger.wandb == project
-        assert "always written, each train.log_step updates" in notice
+        steps = {"text": 20, "metrics": None, "tensorboard": None, "wandb": project and 5}
+        assert loaded.logger.log_step.to_dict() == steps
+        assert notice.endswith("train.log, metrics.jsonl and tblog/ are always written")
 
 
 def test_conditioning_images_have_the_names_of_the_example_and_of_the_code(tmp_path):

@@ -24,6 +24,7 @@ from jaxft.signals import SAME_REQUEST, Stop
 
 
 def record(log: RunLog, step: int, total: float = 0.5) -> None:
+    log.count(8, {"main": {"0-249": np.array([1.0, 4.0]), "250-499": np.zeros(2)}})
     log.record(
         step,
         epoch=0,
@@ -31,7 +32,7 @@ def record(log: RunLog, step: int, total: float = 0.5) -> None:
         loss={"main": total, "class": 0.25},
         lr={"unet.0": 1e-5},
         grad_norm=1.5,
-        images=8,
+        grad_norms={"unet.0": 1.25},
     )
 
 
@@ -61,8 +62,10 @@ def test_every_number_is_in_all_three_files(tmp_path: Path, capsys: pytest.Captu
     metrics = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert metrics["loss"] == {"main": 0.5, "class": 0.25}
     assert metrics["images_per_s"] > 0
+    assert metrics["loss_by_timestep"] == {"main": {"0-249": 0.25}}  # no image was at others
     values = {v.tag: v.simple_value for e in events(tmp_path) for v in e.summary.value}
     wanted = {"loss/main": 0.5, "loss/class": 0.25, "lr/unet.0": 1e-5, "grad_norm": 1.5}
+    wanted |= {"grad_norms/unet.0": 1.25, "loss_by_timestep/main/0-249": 0.25, "total_loss": 0.5}
     assert {tag: values[tag] for tag in wanted} == pytest.approx(wanted)
     assert values["images_per_second"] == pytest.approx(metrics["images_per_s"])
     text = (tmp_path / "train.log").read_text()
@@ -71,6 +74,23 @@ def test_every_number_is_in_all_three_files(tmp_path: Path, capsys: pytest.Captu
     printed = capsys.readouterr()
     assert "step 1/10" in printed.out  # no terminal here: lines, no bar
     assert not printed.err
+
+
+def test_each_log_has_its_own_steps_and_tells_what_came_since_its_last(tmp_path: Path):
+    with RunLog(tmp_path, 10, every={"text": 4, "tensorboard": 3}) as log:
+        for step in range(1, 11):
+            log.count(8, {"main": {"0-249": np.array([float(step), 1.0])}})
+            log.record(step, epoch=0, total=1, loss={}, lr={}, grad_norm=1)
+    assert steps(tmp_path) == list(range(1, 11))
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert [line.split()[2] for line in lines] == ["1/10", "4/10", "8/10", "10/10"]
+    means = {
+        event.step: value.simple_value
+        for event in events(tmp_path)
+        for value in event.summary.value
+        if value.tag == "loss_by_timestep/main/0-249"
+    }
+    assert means == {1: 1, 3: 2.5, 6: 5, 9: 8, 10: 10}
 
 
 def test_time_lost_to_input_is_a_share_and_pauses_are_in_no_rate(tmp_path: Path):
@@ -103,6 +123,7 @@ def test_weights_and_biases_gets_the_numbers_by_their_paths(tmp_path: Path, monk
     options, numbers, judged, picture, end = sent
     assert options == {"project": "p", "name": "a-run", "dir": str(tmp_path / "a-run")}
     wanted = {"step": 3, "loss/main": 0.5, "lr/unet.0": 1e-5, "grad_norm": 1.5}
+    wanted |= {"loss_by_timestep/main/0-249": 0.25}
     assert numbers.items() >= wanted.items()
     assert judged == {"step": 3, "validation/main/trained": 1.0}
     assert (picture, end) == ({"step": 3, "preview/trained": (4, 6, 3)}, {})

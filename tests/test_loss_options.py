@@ -1,6 +1,9 @@
 """Losses, weightings and noise that a configuration can ask for, and what it must not."""
 
 import itertools
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from ml_collections import FrozenConfigDict
 
-from jaxft import compat, config, loss_options
+from jaxft import compat, config, loss_options, plan
 from jaxft.diffusion import losses, noise, schedule, weighting
 from jaxft.errors import UserError
 
@@ -44,7 +48,7 @@ def test_errors_are_pytorchs(name, options, rng):
     node = {"_target_": f"torch.nn.{name}", "reduction": "none", **options}
     error = compat.build(node, "criterion", "train.loss.criterion").error
     predicted, wanted = (rng.standard_normal((2, 3, 4, 4), np.float32) for _ in range(2))
-    ours = losses.mean_error(predicted, wanted, jnp.ones(2), error=error)
+    ours = losses.image_errors(predicted, wanted, error=error).mean()
     theirs = getattr(torch.nn, name)(**options)(torch.tensor(predicted), torch.tensor(wanted))
     assert ours == pytest.approx(float(theirs), rel=1e-5)
 
@@ -66,13 +70,19 @@ def test_the_guides_branch_writes_the_plain_loss_in_its_own_way():
 def test_an_image_is_scaled_by_the_weight_of_its_timestep(rng):
     predicted, wanted = (rng.standard_normal((3, 2, 2, 4), np.float32) for _ in range(2))
     counts, scale = jnp.array([1.0, 1.0, 0.0]), jnp.array([0.5, 2.0, 7.0])
-    ours = losses.mean_error(predicted, wanted, counts, scale=scale)
+    ours = losses.mean(losses.image_errors(predicted, wanted, scale=scale), counts)
     each = np.mean(np.square(predicted - wanted), axis=(1, 2, 3))
     assert ours == pytest.approx((0.5 * each[0] + 2.0 * each[1]) / 2, rel=1e-6)
 
 
 ERRORS = ("MSELoss", "L1Loss", "HuberLoss", "SmoothL1Loss")
-NOISES = ({"offset": 0.1}, {"perturbation": 0.1}, {"pyramid": {"level": 3}}, None)
+NOISES = (
+    {"offset": 0.1},
+    {"adaptive_noise_scale": 0.1},
+    {"perturbation": 0.1},
+    {"pyramid": {"level": 3}},
+    None,
+)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
@@ -116,6 +126,18 @@ def test_every_combination_is_built(kind):
             "train.loss.weighting: p2, and train.loss.criterion is weighted by min_snr; keep one",
         ),
         (["train.loss.criterion={_target_: torch.nn.MSE}"], "is no criterion of jaxft"),
+        (
+            ["train.noise.offset_probability=0.5"],
+            "train.noise.offset_probability: there is no offset; set train.noise.offset",
+        ),
+        (
+            ["train.noise.offset=0.1", "train.noise.offset_probability=0"],
+            "train.noise.offset_probability: 0 must be above 0, up to 1",
+        ),
+        (
+            ["train.noise.adaptive_noise_scale=-0.1"],
+            "train.noise.adaptive_noise_scale: -0.1 makes train.noise.offset weaker, which is 0",
+        ),
         (["train.noise.pyramid={levels: 3}"], "train.noise.pyramid: levels unknown; known: level"),
     ],
 )
@@ -131,10 +153,36 @@ def test_noise_alone_cannot_be_predicted():
     asked(rescale_betas_zero_snr=True, prediction_type="v_prediction")
 
 
+def test_a_models_schedule_is_stretched_as_diffusers_does_it(nano_model, tmp_path):
+    def begun(folder: Path) -> dict[str, Any]:
+        own = [f"model.pretrained_model_name_or_path={folder}", "model.zero_terminal_snr=true"]
+        found, _ = config.load("configs/train/examples/fine-tuning.yaml", own)
+        return plan._begin(found)[0].model.scheduler
+
+    with pytest.raises(
+        UserError, match=r"^model\.zero_terminal_snr: .* epsilon, .* set it to false"
+    ):
+        begun(nano_model)
+    shutil.copytree(nano_model, tmp_path / "v")
+    file = tmp_path / "v" / "scheduler" / "scheduler_config.json"
+    options = json.loads(file.read_text()) | {"prediction_type": "v_prediction"}
+    file.write_text(json.dumps(options))
+    made = begun(tmp_path / "v")
+    theirs: Any = DDIMScheduler.from_config(options, rescale_betas_zero_snr=True)
+    ours = schedule.from_config(made).alphas_cumprod
+    # torch's vectorised float32 square root is not correctly rounded, numpy's is.
+    np.testing.assert_allclose(ours, theirs.alphas_cumprod, rtol=1e-5)
+    assert ours[-1] == 0
+    exported: Any = DDIMScheduler.from_config(made)
+    np.testing.assert_array_equal(exported.alphas_cumprod, theirs.alphas_cumprod)
+    exported.set_timesteps(10)
+    assert exported.timesteps[0] == 999  # where there is noise alone
+
+
 def test_perturbed_noise_is_seen_and_not_asked_for():
     shape, key = (4, 8, 8, 4), jax.random.key(0)
-    plain, same = noise.draw(key, shape)
+    plain, same, _ = noise.draw(key, shape)
     np.testing.assert_array_equal(plain, same)
-    wanted, seen = noise.draw(key, shape, noise.Recipe(perturbation=0.1))
+    wanted, seen, _ = noise.draw(key, shape, noise.Recipe(perturbation=0.1))
     np.testing.assert_array_equal(wanted, plain)
     assert np.std(np.asarray(seen - wanted)) == pytest.approx(0.1, rel=0.1)

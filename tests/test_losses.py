@@ -44,14 +44,13 @@ def test_predictions_are_compared_as_the_target(kind, target, rng):
     wanted = np.abs(found - as_kind(target, latents, noise, alpha, sigma)).mean()
     units = weighting.units(noising, target)
     assert (units is None) == (kind == target)
-    ours = losses.mean_error(
+    ours = losses.image_errors(
         jnp.asarray(predicted),
         jnp.asarray(as_kind(kind, latents, noise, alpha, sigma)),
-        jnp.ones(3),
         error=jnp.abs,
         unit=None if units is None else jnp.asarray(units)[TIMES],
     )
-    assert float(ours) == pytest.approx(wanted, rel=1e-4)
+    assert float(ours.mean()) == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["exponential", "snr"])
@@ -70,15 +69,14 @@ def test_widths_that_fall_are_kohyas_under_pytorchs_error(name, kind, rng):
         float(getattr(torch.nn, kind)(**{option: w})(torch.tensor(p), torch.tensor(q)))
         for w, p, q in zip(widths, predicted, wanted, strict=True)
     ]
-    ours = losses.mean_error(
+    ours = losses.image_errors(
         jnp.asarray(predicted),
         jnp.asarray(wanted),
-        jnp.ones(3),
         error=how.error,
         scale=jnp.asarray(how.weights)[TIMES],
         unit=jnp.asarray(how.units)[TIMES],
     )
-    assert float(ours) == pytest.approx(np.mean(theirs), rel=1e-5)
+    assert float(ours.mean()) == pytest.approx(np.mean(theirs), rel=1e-5)
 
 
 def test_dissimilarity_is_scikit_images(rng):

@@ -195,9 +195,9 @@ def losses(setup):
         found = []
         for number in range(STEPS):
             key = jax.random.fold_in(setup.key, number % len(batches))
-            loss, grads = gradients(state.trainable, batches[number % len(batches)], key)
+            judged, grads = gradients(state.trainable, batches[number % len(batches)], key)
             state = update(state, grads)
-            found.append(float(loss))
+            found.append(float(judged.loss))
         assert state.trainable["unet"]["conv_in.weight"].dtype == dtype
         assert np.mean(found[-2:]) < 0.9 * np.mean(found[:2])
         return float(np.mean(found[-2:]))

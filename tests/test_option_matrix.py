@@ -171,8 +171,8 @@ def test_all_combinations_are_programs():
         case = Case(row)
         args = case.trainable, case.frozen, case.batch(0), case.key
         gradients = functools.partial(step.gradients, case.objective, 1.0, total=None)
-        value, grads = jax.eval_shape(gradients, *args)
-        assert value.shape == ()
+        judged, grads = jax.eval_shape(gradients, *args)
+        assert (judged.loss.shape, judged.errors.shape) == ((), judged.weight.shape)
         assert jax.tree.map(lambda g: g.shape, grads) == jax.tree.map(np.shape, case.trainable)
         traced += 1
     assert traced == 2 * 2 * 3 * (6 * 3 - 1) + len(MORE) * 2 * 3 * 3
@@ -187,6 +187,7 @@ def test_a_run_changes_what_it_trains_and_resumes(row):
     programs = Programs(
         case.objective,
         optimizer,
+        labels,
         mesh,
         loss_weights=[1.0],
         accumulation=parts,

@@ -65,7 +65,7 @@ def test_the_loss_is_that_of_diffusers_networks(folders, rng):
     draws = step.draw(key, (2, 4, 6, 4), 1000)
     mean, log_variance = tensor(batch["moments"]).chunk(2, dim=1)
     latents = (mean + torch.exp(0.5 * log_variance) * tensor(draws.latent_noise)) * 0.13025
-    noise, times = tensor(draws.noise), torch.tensor(np.asarray(draws.timesteps)).long()
+    noise, times = tensor(draws.noise.asked), torch.tensor(np.asarray(draws.timesteps)).long()
     noisy = pipeline.scheduler.add_noise(latents, noise, times)
     with torch.no_grad():
         encoded = [

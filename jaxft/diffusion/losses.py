@@ -1,5 +1,6 @@
 """What training minimises."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -8,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxft.diffusion.noise import NORMAL, Recipe
-from jaxft.shapes import Latents
+from jaxft.diffusion import noise as noises
+from jaxft.diffusion.importance import Recipe
+from jaxft.shapes import Latents, Timesteps
 
 Error = Callable[[Array], Array]
 """The error of each value, from its difference to what is wanted."""
@@ -53,9 +55,11 @@ class Loss(NamedTuple):
     """Whether an image's error is divided by the mean of its mask."""
     chances: Float[np.ndarray, " T"] | None = None
     """Of the timesteps to be drawn; None: all alike."""
+    importance: Recipe | None = None
+    """How chances follow from the losses so far; None: they do not."""
     low_discrepancy: bool = False
     """Whether the timesteps of a batch are spread evenly over their chances."""
-    noise: Recipe = NORMAL
+    noise: noises.Recipe = noises.NORMAL
     guidance: Float[np.ndarray, " T"] | None = None
     """Of the timesteps: the scale of guidance at which predictions are judged (`guidance.scales`);
     None: none."""
@@ -64,26 +68,25 @@ class Loss(NamedTuple):
 PLAIN = Loss()
 
 
-def mean_error(
+RANGES = 4
+"""Into how many ranges timesteps are divided where losses are told by them."""
+
+
+def image_errors(
     predicted: Latents,
     wanted: Latents,
-    weight: Float[Array, " b"],
     *,
     error: Error = jnp.square,
     scale: Float[Array, " b"] | None = None,
     unit: Float[Array, " b"] | None = None,
     mask: Float[Array, "b h w"] | None = None,
     normalise_mask: bool = False,
-) -> jax.Array:
-    """Mean of the images' mean errors, each counted by its weight; float32 scalar.
-
-    An image of weight 0 (one that only fills up a batch) changes neither value nor gradient. If
-    all weights are 0 the loss is 0.
+) -> Float[Array, " b"]:
+    """Each image's mean error, float32.
 
     Args:
         predicted: by the network.
         wanted: its target.
-        weight: of each image.
         error: of each value.
         scale: by which an image's error is multiplied; it is not divided by the sum of them.
         unit: what an image's differences are divided by.
@@ -94,7 +97,7 @@ def mean_error(
     if unit is not None:
         difference = difference / unit[:, None, None, None]
     each = of_each(error(difference), mask, normalise_mask=normalise_mask)
-    return mean(each if scale is None else each * scale, weight)
+    return each if scale is None else each * scale
 
 
 def of_each(
@@ -111,9 +114,33 @@ def of_each(
 
 
 def mean(each: Float[Array, " b"], weight: Float[Array, " b"]) -> jax.Array:
-    """Mean of images' errors, each counted by its weight; 0 if all weights are."""
+    """Mean of images' errors, each counted by its weight; float32 scalar.
+
+    An image of weight 0 (one that only fills up a batch) changes neither value nor gradient. If
+    all weights are 0 the mean is 0.
+    """
     total = jnp.sum(weight)
     return jnp.sum(weight * each) / jnp.where(total > 0, total, 1)
+
+
+def by_range(
+    each: Float[Array, " b"],
+    weight: Float[Array, " b"],
+    timesteps: Timesteps,
+    num_timesteps: int,
+) -> Float[Array, "2 r"]:
+    """Of each range of timesteps the sum of images' errors, each counted by its weight, and the sum
+    of the weights; see `range_names`."""
+    which = timesteps * RANGES // num_timesteps
+    return jax.vmap(lambda values: jax.ops.segment_sum(values, which, RANGES))(
+        jnp.stack([weight * each, weight])
+    )
+
+
+def range_names(num_timesteps: int) -> list[str]:
+    """The first and the last timestep of each range, `0-249`."""
+    ends = [-(-number * num_timesteps // RANGES) for number in range(RANGES + 1)]
+    return [f"{first}-{end - 1}" for first, end in itertools.pairwise(ends)]
 
 
 def huber(delta: float = 1.0, schedule: str = "constant") -> Criterion:

@@ -14,6 +14,10 @@ class Recipe(NamedTuple):
 
     offset: float = 0.0
     """Strength of `offset`."""
+    offset_probability: float = 1.0
+    """Share of the images that have one."""
+    adaptive_noise_scale: float = 0.0
+    """By how much an offset is stronger for each unit of the size of its channel's mean."""
     pyramid: dict[str, Any] | None = None
     """Options of `pyramid`; None: none."""
     perturbation: float = 0.0
@@ -24,27 +28,50 @@ class Recipe(NamedTuple):
 NORMAL = Recipe()
 
 
-def draw(key: Array, shape: tuple[int, ...], recipe: Recipe = NORMAL) -> tuple[Latents, Latents]:
-    """The noise that is asked for, and the noise that is added to latents [b, h, w, c]."""
-    noise = jax.random.normal(key, shape)
-    pyramid_key, offset_key, more_key = (jax.random.fold_in(key, use) for use in range(3))
+class Drawn(NamedTuple):
+    """Noise for latents [b, h, w, c], without an offset."""
+
+    asked: Latents
+    """What the network is asked for."""
+    added: Latents
+    """What is added to the latents."""
+    channels: Float[Array, "b 1 1 c"] | None = None
+    """A number for each image and channel, of which `offset` makes that part of both; 0 for images
+    that have none, None where no image has."""
+
+
+def draw(key: Array, shape: tuple[int, ...], recipe: Recipe = NORMAL) -> Drawn:
+    """Noise for latents [b, h, w, c]."""
+    noise, channels = jax.random.normal(key, shape), None
+    pyramid_key, offset_key, more_key, chance_key = (
+        jax.random.fold_in(key, use) for use in range(4)
+    )
     if recipe.pyramid is not None:
         noise = pyramid(pyramid_key, noise, **recipe.pyramid)
-    if recipe.offset:
-        noise = offset(offset_key, noise, recipe.offset)
+    if recipe.offset or recipe.adaptive_noise_scale:
+        b, _, _, c = shape
+        channels = jax.random.normal(offset_key, (b, 1, 1, c))
+        has = jax.random.bernoulli(chance_key, recipe.offset_probability, (b, 1, 1, 1))
+        channels = jnp.where(has, channels, 0.0)
     if not recipe.perturbation:
-        return noise, noise
-    return noise, noise + recipe.perturbation * jax.random.normal(more_key, shape)
+        return Drawn(noise, noise, channels)
+    more = recipe.perturbation * jax.random.normal(more_key, shape)
+    return Drawn(noise, noise + more, channels)
 
 
-def offset(key: Array, noise: Latents, strength: float) -> Latents:
-    """The noise with one more number for each image and channel, `strength` large.
+def offset(
+    channels: Float[Array, "b 1 1 c"], latents: Latents, recipe: Recipe
+) -> Float[Array, "b 1 1 c"]:
+    """What noise has more, the same for a whole channel, so that images may become darker or
+    brighter as a whole.
 
-    Guttenberg 2023 (https://www.crosslabs.org/blog/diffusion-with-offset-noise): images may so
-    become darker or brighter as a whole.
+    Guttenberg 2023 (https://www.crosslabs.org/blog/diffusion-with-offset-noise); how strong it is,
+    and that it is never less than nothing, as kohya's trainer has it.
     """
-    b, _, _, c = noise.shape
-    return noise + strength * jax.random.normal(key, (b, 1, 1, c), noise.dtype)
+    if not recipe.adaptive_noise_scale:
+        return recipe.offset * channels
+    level = jnp.abs(jnp.mean(latents, axis=(1, 2), keepdims=True))
+    return jnp.maximum(recipe.offset + recipe.adaptive_noise_scale * level, 0) * channels
 
 
 def pyramid(

@@ -206,7 +206,7 @@ TIMESTEPS: dict[str, Callable[..., Table]] = {
 
 
 def draw(
-    key: Array, count: int, chances: Table, *, low_discrepancy: bool = False
+    key: Array, count: int, chances: Table | Array, *, low_discrepancy: bool = False
 ) -> Int[Array, " b"]:
     """Timesteps with these chances.
 
@@ -217,7 +217,8 @@ def draw(
         low_discrepancy: whether a batch is spread evenly over the chances, in random order;
             Kingma et al. 2021, appendix I.1 (https://arxiv.org/abs/2107.00630).
     """
-    ends = jnp.asarray(np.cumsum(chances), jnp.float32)
+    is_known = isinstance(chances, np.ndarray)  # before the program is compiled
+    ends = jnp.asarray(np.cumsum(chances) if is_known else jnp.cumsum(chances), jnp.float32)
     shift_key, order_key = jax.random.split(key)
     if low_discrepancy:
         places = (jnp.arange(count) + jax.random.uniform(shift_key)) / count
@@ -225,5 +226,5 @@ def draw(
     else:
         places = jax.random.uniform(shift_key, (count,))
     drawn = jnp.searchsorted(ends, places, side="right")
-    last = int(np.flatnonzero(chances)[-1])  # the sum may end a little below 1
+    last = jnp.max(jnp.where(chances > 0, jnp.arange(len(chances)), 0))  # ends may lie below 1
     return jnp.minimum(drawn, last).astype(jnp.int32)

@@ -142,11 +142,14 @@ def _update(
     optimizer: optax.GradientTransformation, state: step.TrainState, grads: tuple[step.Weights, ...]
 ) -> tuple[step.TrainState, jax.Array]:
     """`step.update` with the mean of the parts' gradients."""
-    return step.update(optimizer, state, jax.tree.map(lambda *g: sum(g) / len(g), *grads))
+    mean = jax.tree.map(lambda *g: sum(g) / len(g), *grads)
+    state, norm, _ = step.update(optimizer, state, mean)
+    return state, norm
 
 
 def _log(log: RunLog, done: int, name: str, rate: float, records: list[Record]) -> None:
     mean = float(np.mean([record.loss for record in records]))
+    log.count(int(sum(record.images for record in records)))
     log.record(
         done,
         epoch=0,
@@ -154,7 +157,6 @@ def _log(log: RunLog, done: int, name: str, rate: float, records: list[Record]) 
         loss={name: mean},
         lr={name: rate},
         grad_norm=float(records[-1].grad_norm),
-        images=int(sum(record.images for record in records)),
     )
 
 
