@@ -21,9 +21,9 @@ help:
 demo: $(VENV)/demo.stamp
 	python scripts/demo.py
 
-# pytest comes last: its summary closes the output.
+# pytest comes last: its summary closes the output. Two processes share the files of tests.
 test: check
-	python -m pytest $(PYTEST_ARGS)
+	python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 
 check: $(VENV)/test.stamp
 	ruff format --check
