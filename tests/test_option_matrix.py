@@ -36,7 +36,7 @@ class Network(nnx.Module):
     def __init__(self):
         self.proj, self.text = layers.Linear(4, 4), layers.Linear(16, 4)
 
-    def __call__(self, x: Any, timesteps: Any, states: Any, added: Any) -> Any:
+    def __call__(self, x: Any, timesteps: Any, states: Any, added: Any, residuals: Any) -> Any:
         seen = self.text(states.astype(x.dtype)).mean(axis=1)[:, None, None]
         return self.proj(x) + seen + (timesteps[:, None, None, None] / 1000).astype(x.dtype)
 
