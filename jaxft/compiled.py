@@ -24,6 +24,7 @@ from jaxft.diffusion.importance import Found
 from jaxft.diffusion.losses import by_range
 from jaxft.hosts import progress
 from jaxft.step import Judged, Objective, TrainState, Weights
+from jaxft.tuning import ema, groups
 from jaxft.tuning.groups import Labels
 
 Batch = Mapping[str, Any]
@@ -120,7 +121,7 @@ class Programs:
             zeros = functools.partial(jax.tree.map, jnp.zeros_like, grads)
             jobs["zeros"] = (jax.jit(zeros, out_shardings=where.trainable), ())
         if average:
-            move = jax.jit(steps.averaged, donate_argnums=0, out_shardings=where.trainable)
+            move = jax.jit(ema.averaged, donate_argnums=0, out_shardings=where.trainable)
             jobs["average"] = (move, (average, state.trainable, np.float32(0)))
 
         # Traced one after the other, in this thread: in threads the result is not the same every
@@ -223,7 +224,7 @@ class Programs:
                 found = [Found(d.errors, d.timesteps, good & (d.weight > 0)) for d in joined]
                 new = new._replace(memory=importance.remember(how, state.memory, found))
             of_each, moved, weights = (
-                steps.norms(self._labels, tree) for tree in (grads, updates, state.trainable)
+                groups.norms(self._labels, tree) for tree in (grads, updates, state.trainable)
             )
             return new, Metrics(
                 jnp.stack([d.loss for d in joined]),

@@ -39,7 +39,6 @@ from jaxft.shapes import (
     Timesteps,
 )
 from jaxft.tuning import rounding, schedule_free
-from jaxft.tuning.groups import Labels
 
 Weights = dict[str, Params]
 """Network (`unet`, `vae`, `text_encoder`, `controlnet`) -> its weights, or some of them;
@@ -368,11 +367,6 @@ def _whole(weights: Weights) -> Weights:
     return {part: params.cast(own, jnp.float32) for part, own in weights.items()}
 
 
-def averaged(average: Weights, trainable: Weights, share: Float[Array, ""] | float) -> Weights:
-    """The average, moved by `share` of its way towards the weights; see `jaxft.tuning.ema`."""
-    return jax.tree.map(lambda old, new: old + share * (new - old), average, trainable)
-
-
 def update(
     optimizer: optax.GradientTransformation, state: TrainState, grads: Weights
 ) -> tuple[TrainState, Float[Array, ""], Weights]:
@@ -395,16 +389,6 @@ def update(
         norm,
         updates,
     )
-
-
-def norms(labels: Labels, weights: Weights) -> dict[str, Float[Array, ""]]:
-    """Euclidean norm of all numbers of each group."""
-    squares: dict[str, Array] = {}
-    for part, own in _whole(weights).items():
-        for name, value in own.items():
-            group, square = labels[part][name], jnp.sum(jnp.square(value))
-            squares[group] = squares[group] + square if group in squares else square
-    return {group: jnp.sqrt(square) for group, square in squares.items()}
 
 
 def result(state: TrainState) -> Weights:

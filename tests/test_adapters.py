@@ -197,8 +197,8 @@ def groups(clip_skip: int = 0, **chosen: Any) -> dict[str, Any]:
     options = {"lr": 1e-3, "rank": RANK, "alpha": ALPHA, "dropout": 0.0}
     options |= {"rank_dropout": 0.0, "type": "lora", "factor": -1, "optimizer": {}}
     options |= {"svd_init": False, "replaces": False}
-    tree: dict[str, Any] = {name: {} for name in ("unet", "text_encoder", "lora_unet")}
-    tree["lora_text_encoder"] = {}
+    tree: dict[str, Any] = {name: {} for name in ("unet", "text_encoder", "controlnet")}
+    tree |= {"lora_unet": {}, "lora_text_encoder": {}}
     for section, items in chosen.items():
         tree[section] = {
             str(n): options | (item if isinstance(item, dict) else {"layers": item})

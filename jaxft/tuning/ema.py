@@ -1,8 +1,10 @@
 """Moving averages of what is trained: HCP-Diffusion's `ModelEMA`, whose rule is crowsonkb's."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jaxtyping import Array, Float
 
 from jaxft.errors import UserError
 
@@ -59,3 +61,8 @@ def average(
         if not fits:
             raise UserError(f"{name}: {value} must be {wanted}")
     return Average(decay_max, inv_gamma, power, start_step, every)
+
+
+def averaged(average: Any, weights: Any, share: Float[Array, ""] | float) -> Any:
+    """The average (a tree of arrays), moved by `share` of its way towards the weights."""
+    return jax.tree.map(lambda old, new: old + share * (new - old), average, weights)

@@ -4,6 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
 from jaxft import patterns
 from jaxft.errors import UserError
 
@@ -97,3 +100,15 @@ def assign(groups: Sequence[Group], parameters: Mapping[str, Iterable[str]]) -> 
                 f"{group.name}: later groups claim every weight of it; remove it or put it last"
             )
     return Assignment(labels, notices)
+
+
+def norms(
+    labels: Labels, weights: Mapping[str, Mapping[str, Array]]
+) -> dict[str, Float[Array, ""]]:
+    """Euclidean norm of all numbers of each group, float32."""
+    squares: dict[str, Array] = {}
+    for part, own in weights.items():
+        for name, value in own.items():
+            group, square = labels[part][name], jnp.sum(jnp.square(value.astype(jnp.float32)))
+            squares[group] = squares[group] + square if group in squares else square
+    return {group: jnp.sqrt(square) for group, square in squares.items()}
