@@ -1,15 +1,31 @@
 """What the tests share: a tiny model written by PyTorch's diffusers, and a compile cache."""
 
+import gc
 import os
 import sys
 import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+
+
+def xla_flags(devices: int) -> str:
+    """XLA's flags for processes of tests: so many CPU devices, and code that is made in a sixth of
+    the time, by runs too short to be worth a better one."""
+    flags = [
+        f"force_host_platform_device_count={devices}",
+        "backend_optimization_level=0",
+        "cpu_use_fusion_emitters=false",
+        "cpu_parallel_codegen_split_count=1",
+    ]
+    return " ".join(f"--xla_{flag}" for flag in flags)
+
+
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+os.environ.setdefault("XLA_FLAGS", xla_flags(devices=4))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads for tiny layers only wait for each other
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
@@ -24,6 +40,11 @@ CHECKED = ["jaxft.models", "jaxft.step"]
 install_import_hook(CHECKED, "tests.typecheck.check")  # shapes and types, at every call
 
 warnings.filterwarnings("ignore", module="diffusers|transformers|torch|beartype")
+
+
+def pytest_collection_finish():
+    """What is imported stays: Python's collector need not look through it again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from jaxft import mesh as meshes
 from jaxft.checkpoint import Checkpoints
 from jaxft.errors import UserError
 from jaxft.formats import hcp
-from tests.conftest import ROOT
+from tests.conftest import ROOT, xla_flags
 from tests.test_train import arguments, losses, recipe
 
 __all__ = ["recipe"]
@@ -62,7 +62,7 @@ class Process(subprocess.Popen):
             "process_id": number,
         }
         argv = argv + [f"distributed.{name}={value}" for name, value in launch.items()]
-        environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        environment = os.environ | {"XLA_FLAGS": xla_flags(devices=2)}
         with output.open("wb") as file:
             command = [sys.executable, "-m", "jaxft.train", *argv]
             super().__init__(command, cwd=ROOT, env=environment, stdout=file, stderr=file)

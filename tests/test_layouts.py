@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, xla_flags
 from tests.layouts import LAYOUTS, STEPS, Training
 
 NAMES = [f"{data}x{fsdp}" for data, fsdp in LAYOUTS]
@@ -19,8 +19,7 @@ NAMES = [f"{data}x{fsdp}" for data, fsdp in LAYOUTS]
 def found(tmp_path_factory) -> dict[str, Any]:
     """Layout -> what a process of eight devices says of it."""
     folder = tmp_path_factory.mktemp("layouts")
-    flags = ["force_host_platform_device_count=8", "backend_optimization_level=0"]
-    environment = os.environ | {"XLA_FLAGS": " ".join(f"--xla_{flag}" for flag in flags)}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(devices=8)}
     command = [sys.executable, "-m", "tests.layouts", str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

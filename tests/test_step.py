@@ -208,13 +208,15 @@ def test_accumulated_data_sets_sum_their_weighted_gradients():
         setup, mesh, [batches], optimizer=optimizer, loss_weights=(1.0, 0.5), accumulation=2
     )
     after = state.trainable["unet"]
-    wanted = {name: jnp.zeros(value.shape) for name, value in setup.trainable["unet"].items()}
+    wanted = {name: np.zeros(value.shape) for name, value in setup.trainable["unet"].items()}
     for dataset, (weight, parts) in enumerate(zip((1.0, 0.5), batches, strict=True)):
         for part, batch in enumerate(parts):
             grads = gradient_of(setup, batch, step.batch_key(setup.key, 0, dataset, part))
-            wanted = {name: wanted[name] + weight / 2 * grads[name] for name in wanted}
+            wanted = {name: wanted[name] + weight / 2 * np.asarray(grads[name]) for name in wanted}
     for name, before in setup.trainable["unet"].items():
-        np.testing.assert_allclose(before - after[name], wanted[name], atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(
+            before - np.asarray(after[name]), wanted[name], atol=1e-6, err_msg=name
+        )
 
 
 def test_images_of_weight_zero_change_nothing():

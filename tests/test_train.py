@@ -1,5 +1,6 @@
 """The training program: stopped and resumed, it ends as if never stopped; what it leaves."""
 
+import functools
 import json
 import os
 import shutil
@@ -28,7 +29,7 @@ from jaxft import config as configs
 from jaxft import params, patterns, plan, tensor_file, train
 from jaxft.compiled import Programs
 from jaxft.formats import hcp
-from tests.conftest import ROOT
+from tests.conftest import ROOT, xla_flags
 from tests.data_fixtures import photo_folder
 
 STEPS = 30
@@ -314,7 +315,7 @@ def four_losses(recipe, tmp_path_factory) -> list[float]:
 def test_four_devices_of_one_image_are_one_device_of_four(recipe, four_losses, tmp_path):
     folder = tmp_path / "alone"
     argv = arguments(recipe, folder, *ONE_SHAPE, "data.dataset1.batch_size=4")
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(devices=1)}
     command = [sys.executable, "-m", "jaxft.train", *argv]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     assert "devices   1 ×" in (folder / "plan.txt").read_text()
@@ -337,6 +338,9 @@ def test_second_start_compiles_in_a_third_of_the_time(recipe, tmp_path, monkeypa
         compile_all(*args)
         times.append(time.process_time() - start)
 
+    usual = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+    compiled = functools.partialmethod(jax.stages.Lowered.compile, usual)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compiled)
     monkeypatch.setattr(Programs, "compile", timed)
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     options = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
