@@ -2,9 +2,9 @@
 
     python scripts/make_demo_class_set.py jaxft/builtin/demo/class
 
-A quarter of the captions name the class alone, in the form of the subject's captions; the others
-are captions of scenes that the base model was trained on, most of them of two figures, which are
-forgotten first.
+Of eight captions one names the class alone, in the form of the subject's captions; the others are
+captions of scenes that the base model was trained on, two of one figure, and five of two figures,
+which are forgotten first.
 """
 
 import argparse
@@ -44,8 +44,8 @@ def captions(seed: int) -> list[str]:
     rng = np.random.default_rng((seed, NUM_PICTURES))
     texts = []
     for number in range(NUM_PICTURES):
-        scene = world.random_scene(rng, SIZE, 1 + number % 2)
-        names_class = number % 4 == 0
+        scene = world.random_scene(rng, SIZE, 1 if number % 8 in (2, 5) else 2)
+        names_class = number % 8 == 0
         texts.append(
             subject.caption(scene.background, world.CLASS)
             if names_class
