@@ -94,7 +94,7 @@ def test_the_class_set_asks_for_the_class_and_for_what_training_showed():
     assert wanted == class_set.captions(0) != class_set.captions(1)
     assert len(wanted) == class_set.NUM_PICTURES
     of_class = [text for text in wanted if text.startswith(f"a {world.CLASS} on ")]
-    assert len(of_class) * 4 == len(wanted)
+    assert len(of_class) * 8 == len(wanted)
     assert {word for text in wanted for word in text.split()} <= set(world.words())
 
 
