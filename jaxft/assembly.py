@@ -145,7 +145,7 @@ def initial_shapes(plan: Plan) -> dict[str, Any]:
 
 def check_room(run: Run) -> None:
     """Raises UserError, before anything is compiled, where what is held leaves no room."""
-    state = run.programs.state(initial(run.plan))
+    state = run.programs.state(initial_shapes(run.plan))
     held = run.programs.held(state, run.frozen)
     memory.check(held, memory.of_device(), "the weights, gradients and optimizer alone")
 
