@@ -1,11 +1,20 @@
 """Real photographs, those that scikit-image and scikit-learn carry, and folders made of them."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+import random_model
 import skimage
 import sklearn.datasets
 from PIL import Image
+
+from jaxft import assembly
+from jaxft.data import batches, buckets, latents, loader
+from jaxft.data.records import Record
+from jaxft.data.tokens import Tokenizer
 
 _SKIMAGE = Path(skimage.__file__).parent / "data"
 _SKLEARN = Path(sklearn.datasets.__file__).parent / "images"
@@ -41,3 +50,30 @@ def photo_folder(folder: Path, count: int = 11, captions: bool = True) -> Path:
         if captions:
             (folder / f"{index}.txt").write_text(f"photo {index} of the cat\n")
     return folder
+
+
+def assert_same_batch(a: loader.Batch, b: loader.Batch) -> None:
+    """The same names, each with the same bits."""
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], strict=True)
+
+
+def with_and_without_cache(
+    records: Sequence[Record], folder: Path
+) -> tuple[loader.Dataset, loader.Dataset]:
+    """A data set of squares in batches of two, and the same with its latents kept, all of them 0;
+    `folder` gets a tokenizer. Batches of both have the shapes that programs are compiled for."""
+    random_model.write_tokenizer(folder)
+    shaped = buckets.fixed_bucket([record.size for record in records], target_size=64)
+    plan = batches.BatchPlan(shaped, 2, seed=0, name="a")
+    data = loader.Dataset("a", records, shaped, plan, [Tokenizer(folder)])
+    store = latents.cache(
+        data.wanted, lambda pixels: np.zeros((2, 8, 8, 8), np.float32), batch_size=2
+    )
+    cached = replace(data, moments=store)
+    for one in (data, cached):
+        (expected,) = assembly.one_of_each_shape(one)
+        got = {name: (value.shape, value.dtype) for name, value in one.batch(0).items()}
+        assert got == {name: (value.shape, value.dtype) for name, value in expected.items()}
+    return data, cached

@@ -7,7 +7,7 @@ import random_model
 from jaxft.data import batches, buckets, images, latents, loader, source, text_transforms
 from jaxft.data.tokens import Tokenizer
 from jaxft.errors import UserError
-from tests.data_fixtures import photo_folder
+from tests.data_fixtures import assert_same_batch, photo_folder
 
 AREA = 64 * 64
 EPOCH = 6  # batches: 11 images in 3 buckets of 4, 5 and 2 by twos
@@ -48,13 +48,6 @@ def encode(pixels: np.ndarray) -> np.ndarray:
     patches = pixels.reshape(b, h // 8, 8, w // 8, 8, 3).astype(np.float32)
     corner, mean = patches[:, :, 0, :, 0], patches.mean(axis=(2, 4))
     return np.concatenate([corner, mean, corner[..., :1], mean[..., :1]], axis=-1)
-
-
-def equal(a: loader.Batch, b: loader.Batch) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].dtype == b[name].dtype
-        np.testing.assert_array_equal(a[name], b[name])
 
 
 def test_a_batch_holds_the_images_of_the_plan(parts):
@@ -117,7 +110,7 @@ def test_the_stream_is_the_plan_for_any_number_of_workers(parts, workers):
     data = dataset(parts)
     stream = loader.open(data, workers=workers)
     for n in range(3 * data.num_batches):
-        equal(next(stream), data.batch(n))
+        assert_same_batch(next(stream), data.batch(n))
     stream.close()
 
 
@@ -134,8 +127,8 @@ def test_resume_at_every_position(parts):
         stream.set_state(state)
         resumed = loader.open(data, start, workers=4)
         for n in range(start, min(start + data.num_batches + 1, total)):
-            equal(next(stream), batches[n])
-            equal(next(resumed), batches[n])
+            assert_same_batch(next(stream), batches[n])
+            assert_same_batch(next(resumed), batches[n])
         resumed.close()
     stream.close()
 
@@ -144,7 +137,8 @@ def test_processes_share_a_batch(parts):
     data = dataset(parts, 4)
     for n in range(data.num_batches):
         whole, halves = data.batch(n), [data.batch(n, slice(0, 2)), data.batch(n, slice(2, 4))]
-        equal(whole, {name: np.concatenate([half[name] for half in halves]) for name in whole})
+        joined = {name: np.concatenate([half[name] for half in halves]) for name in whole}
+        assert_same_batch(whole, joined)
 
 
 # Moments ----------------------------------------------------------------------------------------
@@ -163,7 +157,7 @@ def test_cached_moments_are_those_of_each_image(parts):
     for n in range(data.num_batches):
         plain, batch = data.batch(n), cached.batch(n)
         np.testing.assert_array_equal(batch.pop("moments"), encode(plain.pop("pixel_values")))
-        equal(batch, plain)
+        assert_same_batch(batch, plain)
     assert len(store) == 11
     assert {shape[0] for shape in shapes} == {4}
     changes = sum(a != b for a, b in pairwise(shapes))

@@ -4,17 +4,14 @@ import io
 
 import numpy as np
 import pytest
-import random_model
 import torch
 from PIL import Image
 
-from jaxft import assembly
-from jaxft.data import batches, buckets, latents, loader, masks, source
+from jaxft.data import masks, source
 from jaxft.data.images import CENTRE, View
-from jaxft.data.tokens import Tokenizer
 from jaxft.diffusion import losses
 from jaxft.errors import UserError
-from tests.data_fixtures import photo_folder, photograph
+from tests.data_fixtures import photo_folder, photograph, with_and_without_cache
 
 
 def encoded(grey: np.ndarray) -> bytes:
@@ -93,21 +90,11 @@ def folder(tmp_path):
 
 
 def test_a_batch_has_the_masks_of_its_images_cached_or_not(folder):
-    random_model.write_tokenizer(folder)
     options = {"caption_file": folder / "photos", "att_mask": folder / "masks", "flip": True}
     records, notices = source.index(folder / "photos", **options)
     assert any("images without mask, all of which counts: 3.jpg" in n for n in notices)
-    shaped = buckets.fixed_bucket([r.size for r in records], target_size=64)
-    plan = batches.BatchPlan(shaped, 2, seed=0, name="a")
-    data = loader.Dataset("a", records, shaped, plan, [Tokenizer(folder)])
-    store = latents.cache(
-        data.wanted, lambda pixels: np.zeros((2, 8, 8, 8), np.float32), batch_size=2
-    )
-    cached = loader.Dataset("a", records, shaped, plan, [Tokenizer(folder)], moments=store)
-    for one in (data, cached):
-        (expected,) = assembly.one_of_each_shape(one)
-        got = {name: (value.shape, value.dtype) for name, value in one.batch(0).items()}
-        assert got == {name: (value.shape, value.dtype) for name, value in expected.items()}
+    data, cached = with_and_without_cache(records, folder)
+    plan = data.plan
     sides = set()
     for n in range(6 * plan.num_batches):
         batch = data.batch(n)

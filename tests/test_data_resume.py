@@ -6,7 +6,7 @@ import random_model
 
 from jaxft.data import batches, buckets, loader, source
 from jaxft.data.tokens import Tokenizer
-from tests.data_fixtures import photo_folder
+from tests.data_fixtures import assert_same_batch, photo_folder
 
 EPOCHS = 3
 WORKERS = (0, 4, 16)
@@ -38,12 +38,6 @@ def datasets(tmp_path_factory) -> list[loader.Dataset]:
     return made
 
 
-def equal(a: loader.Batch, b: loader.Batch) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], strict=True)
-
-
 @pytest.mark.parametrize("workers", WORKERS)
 def test_state_saved_before_every_batch_restores_the_whole_stream(datasets, workers):
     """The sets side by side, as a step takes them; written by one number of workers, read by
@@ -63,7 +57,7 @@ def test_state_saved_before_every_batch_restores_the_whole_stream(datasets, work
             stream.set_state(state)
         for step in steps[start:]:
             for stream, batch in zip(again, step, strict=True):
-                equal(next(stream), batch)
+                assert_same_batch(next(stream), batch)
     for stream in again:
         stream.close()
 
@@ -79,7 +73,8 @@ def test_order_and_captions_do_not_depend_on_the_devices(datasets, devices):
     for n in range(2 * whole.num_batches):
         rows = [slice(8 // devices * i, 8 // devices * (i + 1)) for i in range(devices)]
         shares = [shared.batch(n, part) for part in rows]
-        equal(alone.batch(n), {k: np.concatenate([s[k] for s in shares]) for k in shares[0]})
+        joined = {k: np.concatenate([s[k] for s in shares]) for k in shares[0]}
+        assert_same_batch(alone.batch(n), joined)
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
