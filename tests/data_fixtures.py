@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import random_model
@@ -50,6 +51,17 @@ def photo_folder(folder: Path, count: int = 11, captions: bool = True) -> Path:
         if captions:
             (folder / f"{index}.txt").write_text(f"photo {index} of the cat\n")
     return folder
+
+
+def one_shape(folder: Path, **source: str) -> dict[str, Any]:
+    """`data` of a configuration: the images of a folder as squares of 64 pixels, one in a batch."""
+    return {
+        "dataset1": {
+            "batch_size": 1,
+            "source": {"data_source1": {"img_root": str(folder), **source}},
+            "bucket": {"target_area": 64 * 64, "step_size": 32, "num_bucket": 1},
+        }
+    }
 
 
 def assert_same_batch(a: loader.Batch, b: loader.Batch) -> None:

@@ -19,7 +19,7 @@ from jaxft.errors import UserError
 from jaxft.formats import controlnet, diffusers_folder, hcp
 from jaxft.models.controlnet import ControlNetModel
 from jaxft.models.unet import UNet2DConditionModel
-from tests.data_fixtures import photo_folder
+from tests.data_fixtures import one_shape, photo_folder
 from tests.test_formats import same_bits
 from tests.test_step import SCHEDULER, UNET, Setup
 from tests.weights import randomise
@@ -145,13 +145,7 @@ def recipe(nano_model, tmp_path_factory) -> Path:
             "scheduler": {"name": "constant", "num_warmup_steps": 0},
         },
         "model": {"pretrained_model_name_or_path": str(nano_model)},
-        "data": {
-            "dataset1": {
-                "batch_size": 1,
-                "source": {"data_source1": {"img_root": str(photos), "cond_dir": str(seen)}},
-                "bucket": {"target_area": 64 * 64, "step_size": 32, "num_bucket": 1},
-            }
-        },
+        "data": one_shape(photos, cond_dir=str(seen)),
     }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))

@@ -25,7 +25,7 @@ from jaxft.diffusion import schedule
 from jaxft.errors import UserError
 from jaxft.models.unet import UNet2DConditionModel
 from jaxft.models.vae import AutoencoderKL
-from tests.data_fixtures import photo_folder, photograph
+from tests.data_fixtures import one_shape, photo_folder, photograph
 from tests.test_step import SCHEDULER, UNET, Setup
 from tests.weights import randomise
 
@@ -197,13 +197,7 @@ def recipe(model, tmp_path) -> Path:
             "scheduler": {"name": "constant", "num_warmup_steps": 0},
         },
         "model": {"pretrained_model_name_or_path": str(model)},
-        "data": {
-            "dataset1": {
-                "batch_size": 1,
-                "source": {"data_source1": {"img_root": str(photos), "inpaint_mask": "random"}},
-                "bucket": {"target_area": 64 * 64, "step_size": 32, "num_bucket": 1},
-            }
-        },
+        "data": one_shape(photos, inpaint_mask="random"),
     }
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
