@@ -204,8 +204,11 @@ def take_out(tree: dict[str, Any], notices: list[Problem], problems: list[Proble
             if not harmless(value, siblings):
                 problems.append((path, f"not supported: {reason}"))
     for key, newer in OLDER.items():
-        for _, value, siblings in _pop(tree, tuple(key.split(".")), ()):
-            siblings[newer] = value
+        for path, value, siblings in _pop(tree, tuple(key.split(".")), ()):
+            if value is not None and siblings[newer] not in (None, {}, value):
+                problems.append((path, f"{newer}, which it stands for, is given too; keep one"))
+            elif value is not None:
+                siblings[newer] = value
     _take_averages(tree, notices, problems)
     _take_resume(tree, problems)
     _take_controlnet(tree, problems)

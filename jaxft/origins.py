@@ -1,15 +1,29 @@
 """Which file says what: the layers of a configuration, and the line that a value comes from."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
+from jaxft import foreign
 from jaxft import schema as schemas
 from jaxft.schema import Schema
 
 _MISSING = object()
+_NOTHING = (_MISSING, None, 0, [], {})
+
+_TRANSFORMS = "data.*.source.*.text_transforms"
+
+_SPELLINGS = [
+    (_TRANSFORMS, "data.*.source.*.tag_transforms.transforms"),
+    (_TRANSFORMS, f"{_TRANSFORMS}.transforms"),
+    *((f"{older.rpartition('.')[0]}.{newer}", older) for older, newer in foreign.OLDER.items()),
+    *(("model.ema", older) for older in foreign.AVERAGES),
+    ("train.warm_start", ".".join(foreign.RESUME)),
+    ("controlnet", ".".join(foreign.PLUGINS)),
+]
+"""Pattern of a key, and of one that may say the same in HCP-Diffusion's files."""
 
 
 class Layer(NamedTuple):
@@ -48,9 +62,10 @@ class Origins:
     def __call__(self, path: schemas.Path) -> str:
         """`file:line`, `command line`, or the line of the reference that has the default.
 
-        A value that an interpolation brought in is where the interpolation is.
+        A value that an interpolation brought in is where the interpolation is; one that is said in
+        HCP-Diffusion's spelling, where that is.
         """
-        path = self._spelt_out(path)
+        path = self._spelt_out(self._as_written(path))
         value = _at(self._merged, path)
         if value is _MISSING and self._has_default(path):
             return f"default, {self._place(self._name, self._file, self._pattern(path))}"
@@ -72,10 +87,21 @@ class Origins:
             path = path[:-1]
         return f"{name}:{found[path]}" if path else name
 
+    def _as_written(self, path: schemas.Path) -> schemas.Path:
+        """The path, or as much of it as there is in another spelling."""
+        if _at(self._merged, path) in _NOTHING:
+            for head, rest in _spellings(path):
+                if _at(self._merged, head) not in _NOTHING:
+                    while _at(self._merged, (*head, *rest)) is _MISSING:
+                        rest = rest[:-1]
+                    return (*head, *rest)
+        return path
+
     def _spelt_out(self, path: schemas.Path) -> schemas.Path:
-        """The path, or that of the interpolation which brings it in."""
+        """The path, or that of the interpolation or the list which brings it in."""
         for depth in range(1, len(path)):
-            if isinstance(_at(self._merged, path[:depth]), str):
+            around, below = (_at(self._merged, path[:end]) for end in (depth, depth + 1))
+            if isinstance(around, str | list) and below is _MISSING:
                 return path[:depth]
         return path
 
@@ -136,6 +162,16 @@ def _items(node: yaml.Node | None) -> list[tuple[str, yaml.Node, yaml.Node]]:
     if isinstance(node, yaml.SequenceNode):
         return [(str(place), item, item) for place, item in enumerate(node.value)]
     return []
+
+
+def _spellings(path: schemas.Path) -> Iterator[tuple[schemas.Path, schemas.Path]]:
+    """The keys that may say what lies at a path, each with what of the path lies below it."""
+    for pattern, other in _SPELLINGS:
+        steps = pattern.split(".")
+        pairs = list(zip(steps, path, strict=False))
+        if len(pairs) == len(steps) and all(step in ("*", key) for step, key in pairs):
+            keys = [path[at] if key == "*" else key for at, key in enumerate(other.split("."))]
+            yield tuple(keys), path[len(steps) :]
 
 
 def _nearest(

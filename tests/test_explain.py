@@ -17,8 +17,6 @@ FILES = [
     str(path.relative_to(SHIPPED))
     for path in sorted(SHIPPED.rglob("*.yaml"))
     if str(path.relative_to(SHIPPED)) not in config.REFERENCES.values()
-    and path.parent.name
-    != "plugins"  # HCP-Diffusion's spelling of a key that has another name here
 ]
 NEEDED = {
     "train": ["model.pretrained_model_name_or_path=m", "exp_dir=run"],
@@ -66,7 +64,7 @@ def test_what_is_printed_is_the_configuration_and_origins_hold_its_keys(folder, 
             assert value in ("m", "run", "p", "l")
             continue
         said = line_of(origin).strip()
-        if "${" not in said:  # which brings in a whole node
+        if "${" not in said and said != "controlnet1:":  # which bring in a whole node
             assert said.removeprefix("- ").startswith((f"{key}:", "'*':", '"*":')), (key, said)
 
 
@@ -95,7 +93,7 @@ def test_origins_of_what_is_interpolated_deleted_packed_and_set(folder):
         "_base_: base.yaml\nmine:\n  words: {pt1: a}\ntrain: {workers: ---}\n"
         "data: {dataset1: {source: {data_source1: {word_names: '${mine.words}'}}}}\n"
     )
-    packed = HCP_STYLE.splitlines().index("        text_transforms:") + 1
+    packed = HCP_STYLE.splitlines().index("              word_names: ${....word_names}") + 1
     text = explain.explain("own.yaml", ["train.optimizer.weight_decay=0.5"])
     assert text.startswith("# base.yaml: allow_tf32: ignored: ")
     origins = {key: origin for key, _, origin in value_lines(text)}
@@ -106,6 +104,46 @@ def test_origins_of_what_is_interpolated_deleted_packed_and_set(folder):
     assert decays.count("# command line") == 1
     line = HCP_STYLE.splitlines().index("mixed_precision: 'fp16'") + 1
     assert origins["mixed_precision"] == f"# base.yaml:{line}"
+
+
+@pytest.mark.parametrize(
+    ("said", "keys"),
+    [
+        ("plugin_unet:\n  c:\n    _target_: ControlNetPlugin\n    lr: 3e-4", ["lr"]),
+        ("data: {d: {source: {s: {img_root: i,\n  cond_root: c}}}}", ["cond_dir"]),
+        ("data: {d: {source: {s: {img_root: i, tag_transforms: [\n  {p: 0.3,", ["p"]),
+        (
+            "data: {d: {source: {s: {img_root: i, tag_transforms: {transforms: [\n  {p: 0.3,",
+            ["p", "_target_"],
+        ),
+        ("model:\n  ema: null\n  ema_unet: 0\n  ema_text_encoder: 0.9", ["decay_max", "power"]),
+        ("train: {resume: {ckpt_path: {TE: [],\n  unet: [a]}}}", ["unet"]),
+        ("train: {resume: {ckpt_path: {words:\n  {cat: a}}}}", ["cat"]),
+        ("train: {}\nlogger: [{_target_: TBLogger, log_step: 7}]", ["tensorboard"]),
+    ],
+)
+def test_the_origin_of_what_has_another_name_in_hcp_diffusion_is_the_line_that_says_it(
+    folder, said, keys
+):
+    """The last line of each text; whatever lies between it and the value in another way."""
+    number = len(said.splitlines())
+    if "tag_transforms" in said:
+        said += " _target_: TagDropout}]" + "}" * (said.count("{") - 1)
+    Path("own.yaml").write_text(f"{said}\n")
+    text = explain.explain("own.yaml", NEEDED["train"], "train")
+    found = [(key, origin) for key, _, origin in value_lines(text)]
+    for key in keys:
+        assert (key, f"# own.yaml:{number}") in found
+
+
+def test_an_older_spelling_beside_the_newer_one_is_refused_where_they_differ(folder):
+    source = "data: {{d: {{source: {{s: {{img_root: i, cond_dir: c, cond_root: {}}}}}}}}}\n"
+    Path("own.yaml").write_text(source.format("other"))
+    with pytest.raises(UserError, match=r"own.yaml: data.d.source.s.cond_root: cond_dir, .*keep"):
+        config.load("own.yaml", NEEDED["train"])
+    for same in ("c", "null"):
+        Path("own.yaml").write_text(source.format(same))
+        assert config.load("own.yaml", NEEDED["train"])[0].data.d.source.s.cond_dir == "c"
 
 
 @pytest.mark.parametrize(
