@@ -240,9 +240,9 @@ def _read_value(text: str, path: schemas.Path, reference: Schema) -> Any:
 def _merge(below: dict[str, Any], above: dict[str, Any], name: str) -> dict[str, Any]:
     """`above` over `below`: mappings key by key, lists and values replaced.
 
-    A node with another `_target_` starts anew. A mapping over a list, all of whose keys are places
-    in that list, changes these items. A mapping over an interpolation is merged with what that
-    stands for.
+    A node with another `_target_`, on which something depends, starts anew. A mapping over a list,
+    all of whose keys are places in that list, changes these items. A mapping over an interpolation
+    is merged with what that stands for.
     """
 
     def item(old: Any, new: Any, path: schemas.Path) -> Any:
@@ -253,7 +253,8 @@ def _merge(below: dict[str, Any], above: dict[str, Any], name: str) -> dict[str,
         if isinstance(old, list) and set(new) <= {str(place) for place in range(len(old))}:
             places = enumerate(old)
             return [item(one, new.get(str(at), one), (*path, str(at))) for at, one in places]
-        if not isinstance(old, dict) or not schemas.same_target(old, new):
+        free = foreign.known((*path, "_target_"))
+        if not isinstance(old, dict) or not (free or schemas.same_target(old, new)):
             return new
         changed = {key: item(old.get(key), value, (*path, key)) for key, value in new.items()}
         return old | changed
@@ -360,7 +361,7 @@ def _first_line(error: Exception) -> str:
     return str(error).split("\n", 1)[0]
 
 
-# --------------------------------------------------------------------------- messages and result
+# ------------------------------------------------------------------------------------- result
 
 
 def _check_keys(tree: dict[str, Any], path: tuple[str, ...]) -> None:

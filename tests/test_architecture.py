@@ -13,9 +13,10 @@ LAYERS = (
     {"builtin", "hosts", "memory", "tensor_file"},
     {"arithmetic", "charts", "checkpoint", "cli", "compile_cache", "costs", "gallery", "lock"}
     | {"log", "mesh", "params", "patterns", "schema", "signals", "data", "models"},
-    {"lycoris", "origins", "report"},
+    {"lycoris", "report"},
     {"low_rank"},
     {"diffusion", "foreign", "formats", "tuning"},
+    {"origins"},
     {"compat", "config", "merging", "selection", "step"},
     {"averaging", "controls", "loss_options", "sampling", "warm_start", "words"},
     {"datasets", "optimization", "sample"},

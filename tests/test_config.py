@@ -78,6 +78,16 @@ def test_another_target_starts_anew_and_the_same_one_is_merged(write):
     assert alone.to_dict() == {"_target_": "FixedBucket"}
 
 
+def test_another_kind_of_dataset_keeps_what_its_bases_say(write):
+    """All that HCP-Diffusion has are the same here, so that nothing depends on which it is."""
+    source = "{s: {_target_: hcpdiff.data.source.Text2ImageSource, img_root: i, flip: true}}"
+    write("base.yaml", f"data: {{d: {{_target_: TextImagePairDataset, source: {source}}}}}")
+    other = "{s: {_target_: hcpdiff.data.source.Text2ImageCondSource, cond_root: c}}"
+    text = f"data: {{d: {{_target_: hcpdiff.data.CropInfoPairDataset, source: {other}}}}}"
+    merged = load(write("own.yaml", f"_base_: base.yaml\n{text}"), MODEL).data.d.source.s
+    assert (merged.img_root, merged.cond_dir, merged.flip) == ("i", "c", True)
+
+
 def test_items_of_lists_have_names_on_the_command_line(write):
     base = "unet: [{lr: 1e-6, layers: [a]}, {lr: 2e-6, layers: [b]}]"
     own = write("own.yaml", "_base_: base.yaml")

@@ -1,15 +1,19 @@
 """docs/hcp-diffusion.md says of HCP-Diffusion's examples what jaxft does with them."""
 
+import json
 import os
 import re
 from pathlib import Path
 
 import hcp_table
+import numpy as np
 import pytest
 
-from jaxft import config, foreign
+from jaxft import config, foreign, plan
 from jaxft.errors import UserError
+from jaxft.formats import embeddings
 from tests.conftest import ROOT
+from tests.data_fixtures import photo_folder
 
 EXAMPLES = Path(os.environ.get("HCP_EXAMPLES", ROOT.parent / "shared/reference/hcp-examples"))
 """A folder with HCP-Diffusion's `cfgs`, which are no part of jaxft."""
@@ -26,6 +30,53 @@ def test_the_table_is_what_the_files_do():
     assert hcp_table.replaced(page, hcp_table.table(EXAMPLES)) == page, (
         f"python scripts/hcp_table.py {EXAMPLES}"
     )
+
+
+SOURCE = "data.dataset1.source.data_source1"
+DEMO = "model.pretrained_model_name_or_path=builtin:demo"
+CHANGED = {
+    "CustomDiffusion": [DEMO, f"{SOURCE}.word_names.pt1=pt-dog1"],  # which it trains and never says
+    "FT_sdxl": [f"{SOURCE}.caption_file=captions.json", "tokenizer_pt.emb_dir=embs_sdxl"],
+    "lora_anime_character": [DEMO, "dataset_dir=imgs"],
+    "lora_sdxl": ["tokenizer_pt.emb_dir=embs_sdxl"],
+}
+"""What is changed in some of the examples, besides the model."""
+
+
+def trained() -> list[str]:
+    """The examples that load, and train something."""
+    rows = re.findall(
+        r"^\| `(train/examples\w*/.+)\.yaml` \| yes", hcp_table.PAGE.read_text(), re.M
+    )
+    alone = ("add_logger_tensorboard_wandb", "preview_in_training")  # over train_base.yaml
+    return [name for name in rows if not name.endswith(alone)]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory) -> Path:
+    """A folder with the examples, and with all that they name but the model."""
+    folder = tmp_path_factory.mktemp("desk")
+    (folder / "cfgs").symlink_to(EXAMPLES / "cfgs")
+    for name in ("imgs", "imgs/db_class", "cond_imgs"):
+        photo_folder(folder / name, 5, captions=name != "cond_imgs")
+    names = [path.name for path in (folder / "imgs").glob("*.*g")]
+    (folder / "captions.json").write_text(json.dumps(dict.fromkeys(names, "a caption")))
+    for word in ("pt-cat1", "pt-dog1", "pt-catgirl1", "pt-catgirl1-neg", "surtr_arknights"):
+        embeddings.write(folder / f"embs/{word}.safetensors", np.ones((1, 64), np.float32), [64])
+    return folder
+
+
+@pytest.mark.skipif(not EXAMPLES.is_dir(), reason="HCP-Diffusion's examples are not here")
+@pytest.mark.parametrize("name", trained())
+def test_an_example_that_loads_is_planned(desk, folders, monkeypatch, name):
+    monkeypatch.chdir(desk)
+    changes = CHANGED.get(name.rpartition("/")[2], [DEMO])
+    if "sdxl" in name:
+        changes = [*changes, f"model.pretrained_model_name_or_path={folders('sdxl')[1]}"]
+    made = plan.prepare(*config.load(f"cfgs/{name}.yaml", changes))
+    groups = [*made.config.unet, *made.config.lora_unet, *made.config.controlnet]
+    assert groups or made.config.tokenizer_pt.train
+    assert [dataset.num_batches > 0 for dataset in made.datasets] == [True] * len(made.config.data)
 
 
 def test_every_reason_in_the_table_is_one_that_jaxft_gives():
