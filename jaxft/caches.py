@@ -15,6 +15,7 @@ from jaxft import mesh as meshes
 from jaxft import plan as plans
 from jaxft import step as steps
 from jaxft.data import latents, text_states
+from jaxft.data.columns import joined
 from jaxft.data.disk import Disk, Memory
 from jaxft.data.loader import Dataset
 from jaxft.diffusion import conditioning
@@ -116,7 +117,7 @@ def _moments(made: Plan, by_folder: Folders, say: Any, stopped: Any) -> Stores:
     }
     stores: Stores = {}
     for folder, datasets in by_folder.items():
-        wanted = [wanted for dataset in datasets for wanted in dataset.wanted]
+        wanted = joined([dataset.wanted for dataset in datasets])
         for part in hosts.shares(wanted, kept_in_common=folder is not None):
             store = latents.cache(
                 part,
@@ -166,7 +167,7 @@ def _texts(made: Plan, by_folder: Folders, say: Any, stopped: Any) -> Stores:
 
     stores: Stores = {}
     for folder, datasets in by_folder.items():
-        wanted = [ids for dataset in datasets for ids in dataset.wanted_texts]
+        wanted = joined([dataset.wanted_texts for dataset in datasets])
         for part in hosts.shares(wanted, kept_in_common=folder is not None):
             store = text_states.cache(
                 part,

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxft import compat, report, words
 from jaxft import config as configs
 from jaxft.config import Config
@@ -11,7 +13,7 @@ from jaxft.data import bucket_table, captions, prompts, source
 from jaxft.data.batches import BatchPlan, Tail
 from jaxft.data.buckets import Buckets, Originals, Size
 from jaxft.data.loader import Dataset
-from jaxft.data.records import Columns, Record, Records, once
+from jaxft.data.records import Columns, Records
 from jaxft.data.tokens import Tokenizer
 from jaxft.diffusion.losses import Loss
 from jaxft.errors import UserError
@@ -40,6 +42,8 @@ def read(
     words.teach(tokenizers, model, vocabulary.rows)
     for name, options in config.data.items():
         columns: list[Columns] = []
+        if not options.source:
+            raise UserError(f"data.{name}.source: there is none; name one, with its img_root")
         for key, where in options.source.items():
             try:
                 found = source.index(**_source_options(where), kept=kept)
@@ -50,7 +54,7 @@ def read(
         _check_alike(name, columns)
         used, spared = _held_out(name, Records(columns), options.held_out)
         known: Sequence[Size] = ()
-        roles: list[tuple[Sequence[Record], list[Dataset], int, Tail]] = [
+        roles: list[tuple[Records, list[Dataset], int, Tail]] = [
             (used, trained, config.seed, options.tail),
             (spared, held, 0, "pad"),  # of any run the same prompts
         ]
@@ -58,7 +62,7 @@ def read(
             if not records:
                 continue
             saved = tables.get(name) if into is trained else None
-            buckets, new = _buckets(name, options.bucket, _sizes(records), saved, known)
+            buckets, new = _buckets(name, options.bucket, records.sizes, saved, known)
             known = buckets.sizes  # what is held out is seen in the sizes that are trained
             rows = options.batch_size * num_devices
             try:
@@ -68,7 +72,7 @@ def read(
             into.append(
                 Dataset(
                     name,
-                    _scaled(records, buckets.scaled),
+                    records.scaled(buckets.scaled),
                     buckets,
                     plan,
                     tokenizers,
@@ -87,7 +91,7 @@ def read(
 def _check_alike(name: str, columns: Sequence[Columns]) -> None:
     """Of a data set, all images have a conditioning image or none, and so with what is painted
     anew: its batches are of one kind."""
-    firsts = [next(iter(Records([own]))) for own in columns]
+    firsts = [own[0] for own in columns]
     for key, values in (
         ("cond_dir", [record.cond for record in firsts]),
         ("inpaint_mask", [record.hole for record in firsts]),
@@ -116,9 +120,7 @@ def check_holes(model: diffusers_folder.Model, datasets: Sequence[Dataset]) -> N
             )
 
 
-def _held_out(
-    name: str, records: Sequence[Record], share: float
-) -> tuple[Sequence[Record], list[Record]]:
+def _held_out(name: str, records: Records, share: float) -> tuple[Records, Records]:
     """The records to train on, and those held out, each once and as it is.
 
     An image is held out or not by its own content alone, whatever others there are; if none would
@@ -127,31 +129,16 @@ def _held_out(
     if not 0 <= share <= 1:
         raise UserError(f"data.{name}.held_out: {share:g} must be a share, from 0 to 1")
     if not share:
-        return records, []
-    places = {record.digest: int(record.digest[:16], 16) / 2**64 for record in once(records)}
-    spared = {digest for digest, place in places.items() if place < share}
-    spared = spared or {min(places, key=lambda digest: places[digest])}
-    if len(spared) == len(places) and share < 1:
+        return records, Records()
+    places = records.places
+    spared = places < share
+    spared = spared if spared.any() else places == places.min()
+    if spared.all() and share < 1:
         raise UserError(
-            f"data.{name}.held_out: {share:g} leaves none of its {len(places)} images to train on; "
-            "give more images, or a smaller share"
+            f"data.{name}.held_out: {share:g} leaves none of its {len(np.unique(places))} images "
+            "to train on; give more images, or a smaller share"
         )
-    judged = {record.digest: record for record in once(records) if record.digest in spared}
-    return [record for record in records if record.digest not in spared], [
-        record._replace(crop="center" if record.crop == "random" else record.crop, flip=False)
-        for record in judged.values()
-    ]
-
-
-def _sizes(records: Sequence[Record]) -> Originals:
-    return records.sizes if isinstance(records, Records) else [record.size for record in records]
-
-
-def _scaled(records: Sequence[Record], scaled: bool) -> Sequence[Record]:
-    """The records, with what their buckets say of scaling."""
-    if isinstance(records, Records):
-        return Records(records.parts, scaled=scaled)
-    return [record._replace(scaled=scaled) for record in records]
+    return records.where(~spared), records.where(spared).judged()
 
 
 def _buckets(

@@ -121,7 +121,7 @@ def bench_building(folder: Path, photos: Path, rounds: int) -> None:
 
     def build() -> None:
         store = Disk(folder / f"built{next(stores)}", {})
-        wanted = ((record, SIZE) for record in records)
+        wanted = [(record, SIZE) for record in records]
         latents.cache(wanted, encode, batch_size=1, store=store)
 
     jobs = {"VAE alone": lambda: [encode(pixels) for _ in records], "cached": build}

@@ -6,11 +6,13 @@ The files are hard links to a few small photographs and captions, a thousand in 
 measured is what jaxft does for each of them. Prints seconds and peak memory of `jaxft plan` for ten
 images (what the program itself takes) and for all of them, with an index; with `--first` before
 that of the plan that reads all images and makes the index. Else it is made with each of the
-different images decoded once.
+different images decoded once. `--table` has the captions in one metadata.jsonl, `--held-out` a
+share of the images that is held out.
 """
 
 import argparse
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from PIL import Image
 
 from jaxft.data import images, source
 
+CAPTION = "of a place, in the light of the afternoon"
 KINDS, PER_FOLDER = 64, 1000
 """Different images, each with a caption; files in a folder of each sort."""
 
@@ -63,19 +66,28 @@ def write_kinds(folder: Path) -> list[tuple[Path, Path]]:
         with Image.open(SOURCES[number % len(SOURCES)]) as photo:
             size = (32 + number % 8, 32 + number // 8)
             photo.convert("RGB").resize(size).save(image)
-        text.write_text(f"photograph {number} of a place, in the light of the afternoon\n")
+        text.write_text(f"photograph {number} {CAPTION}\n")
         pairs.append((image, text))
     return pairs
 
 
-def write_set(folder: Path, count: int, pairs: list[tuple[Path, Path]]) -> None:
-    """A folder of folders of links."""
+def write_set(folder: Path, count: int, pairs: list[tuple[Path, Path]], table: bool) -> None:
+    """A folder of folders of links; the captions as links too, or in a table."""
+    rows = []
     for number in range(count):
         inner = folder / f"{number // PER_FOLDER:05d}"
         if number % PER_FOLDER == 0:
             inner.mkdir(parents=True)
-        for path in pairs[number % KINDS]:
-            os.link(path, inner / f"{number:08d}{path.suffix}")
+        image, text = pairs[number % KINDS]
+        name = f"{number:08d}"
+        os.link(image, inner / f"{name}{image.suffix}")
+        if table:
+            row = {"file_name": f"{inner.name}/{name}{image.suffix}", "text": f"{name}, {CAPTION}"}
+            rows.append(json.dumps(row))
+        else:
+            os.link(text, inner / f"{name}{text.suffix}")
+    if table:
+        (folder / "metadata.jsonl").write_text("\n".join(rows))
 
 
 def build(photos: Path, kept: Path) -> None:
@@ -86,13 +98,14 @@ def build(photos: Path, kept: Path) -> None:
     images.decode, images.kind = decode, kind
 
 
-def plan(recipe: Path, photos: Path) -> Cost:
+def plan(recipe: Path, photos: Path, held_out: float) -> Cost:
     """What `jaxft plan` takes for a set."""
     source = "data.dataset1.source.data_source1"
     command = [
         *(sys.executable, "-c", MEASURED, "--config", str(recipe)),
         *(f"{source}.img_root={photos}", f"{source}.caption_file={photos}"),
         *(f"{source}.recursive=true", f"index_cache={recipe.parent / 'index'}"),
+        f"data.dataset1.held_out={held_out}",
     ]
     started = time.perf_counter()
     process = subprocess.Popen(
@@ -110,21 +123,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Times the plan of a large set.")
     parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument("--first", action="store_true", help="read all images with jaxft plan")
+    parser.add_argument("--table", action="store_true", help="captions in one metadata.jsonl")
+    parser.add_argument("--held-out", type=float, default=0.0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         recipe = folder / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(RECIPE))
         pairs = write_kinds(folder / "kinds")
-        write_set(folder / "few", 10, pairs)
-        write_set(folder / "all", args.images, pairs)
+        write_set(folder / "few", 10, pairs, args.table)
+        write_set(folder / "all", args.images, pairs, args.table)
         time.sleep(2)  # files as young as that are not kept
         print(f"{args.images:,} images with captions", flush=True)
         if not args.first:
             build(folder / "all", folder / "index")
         first = {"first time": "all"} if args.first else {}
         for title, photos in ({"ten images": "few"} | first | {"again": "all"}).items():
-            cost = plan(recipe, folder / photos)
+            cost = plan(recipe, folder / photos, args.held_out)
             times = f"{cost.seconds:8.1f} s, {cost.busy:.1f} s of processors"
             print(f"  {title:12}{times}, {cost.gigabytes:.2f} GiB", flush=True)
         size = sum(path.stat().st_size for path in (folder / "index").iterdir())

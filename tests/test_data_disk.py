@@ -14,6 +14,7 @@ import pytest
 
 from jaxft import tensor_file
 from jaxft.data.disk import Disk
+from jaxft.data.places import NAME, Place, Places
 from jaxft.errors import UserError
 
 KEYS = [(number, "a", (1, 2)) for number in range(40)]
@@ -23,9 +24,14 @@ def array(key) -> np.ndarray:
     return np.random.default_rng(key[0]).standard_normal((3, 4, 8)).astype(np.float32)
 
 
+def lacking(store: Disk, keys=KEYS) -> list:
+    """Those of the keys that are missing."""
+    return [keys[place] for place in store.missing(keys)]
+
+
 def fill(store: Disk, keys=KEYS) -> Disk:
     with store:
-        for key in store.missing(keys):
+        for key in lacking(store, keys):
             store[key] = array(key)
     return store
 
@@ -36,7 +42,7 @@ def test_what_was_added_is_read_by_any_later_store(tmp_path):
     told = []
     later = Disk(folder, {"vae": "x"}, say=told.append)
     before = sorted(folder.iterdir())
-    assert later.missing([*KEYS, *KEYS[:3], ("new",)]) == [("new",)]
+    assert later.missing([*KEYS, *KEYS[:3], ("new",), ("new",)]) == [len(KEYS) + 3]
     assert told == [f"cache     40 of 41 latents found in {folder.parent}"]
     assert fill(later).missing(KEYS) == []
     assert sorted(folder.iterdir()) == before
@@ -48,9 +54,9 @@ def test_what_was_added_is_read_by_any_later_store(tmp_path):
 
 def test_another_model_and_another_key_find_nothing(tmp_path):
     fill(Disk(tmp_path, {"vae": "x"}), KEYS[:3])
-    assert Disk(tmp_path, {"vae": "y"}).missing(KEYS[:3]) == KEYS[:3]
+    assert lacking(Disk(tmp_path, {"vae": "y"}), KEYS[:3]) == KEYS[:3]
     other = [(*key[:2], (2, 1)) for key in KEYS[:3]]
-    assert Disk(tmp_path, {"vae": "x"}).missing(other) == other
+    assert lacking(Disk(tmp_path, {"vae": "x"}), other) == other
 
 
 def test_dtypes_come_back(tmp_path):
@@ -80,11 +86,11 @@ def test_no_change_of_a_shard_goes_unseen(tmp_path):
         folder.mkdir()
         (folder / shard.name).write_bytes(bad)
         store = Disk(folder, {})
-        lacking = store.missing(KEYS)
+        without = lacking(store)
         for key in KEYS:
-            if key not in lacking:
+            if key not in without:
                 np.testing.assert_array_equal(store[key], array(key))
-        seen += bool(lacking)
+        seen += bool(without)
     assert seen > 0.95 * len(changed)  # the rest are spaces and texts that say nothing
 
 
@@ -115,6 +121,33 @@ def test_the_first_of_two_copies_counts_for_ever(tmp_path):
         second["k"] = np.ones(1)
     assert len(list(tmp_path.iterdir())) == 2
     assert Disk(tmp_path, {})["k"] == 0
+
+
+def test_of_many_shards_each_array_is_found_and_those_of_one_can_go(tmp_path):
+    """As a dict finds them, whatever zeros their names and digests end in."""
+    draw, places, expected = np.random.default_rng(0), Places(), {}
+    kinds = [(np.dtype(np.float32), (2, 3)), (np.dtype(np.float16), (3,)), (np.dtype("i4"), ())]
+    for number in range(9):
+        names = [draw.bytes(31 - n % 3) + b"\0" * (1 + n % 3) for n in range(40)]
+        entries, texts = {}, {}
+        for at, name in enumerate([*names, *list(expected)[:5]]):
+            digest, (dtype, shape) = draw.bytes(30) + b"\0\0", kinds[(at + number) % 3]
+            entries[name.hex()] = tensor_file.Entry(dtype, shape, 8 * at, 8 * at + 8)
+            texts[name.hex()] = digest.hex()
+            place = Place(tmp_path / str(number), dtype, shape, 100 + 8 * at, digest)
+            expected.setdefault(name, place)
+        places.add(tmp_path / str(number), tensor_file.Header(entries, texts, 100))
+        assert {name: places[name] for name in expected} == expected
+    wanted = np.frombuffer(b"".join([*expected, b"x" * 32]), NAME)
+    assert places.holds(wanted).tolist() == [True] * len(expected) + [False]
+    for shard, own in places.by_shard(wanted):
+        theirs = [place for place in expected.values() if place.shard == shard]
+        assert list(own) == sorted(theirs, key=lambda place: place.start)
+    places.remove(tmp_path / "4")
+    kept = [place.shard != tmp_path / "4" for place in expected.values()]
+    assert places.holds(wanted).tolist() == [*kept, False]
+    with pytest.raises(KeyError):
+        places[b"x" * 32]
 
 
 def test_folders_that_cannot_be_used_are_named(tmp_path):
@@ -150,11 +183,10 @@ disk.SHARD_ARRAYS = 3
 with disk.Disk(Path(sys.argv[1]), {}) as store:
     print("ready", flush=True)
     sys.stdin.readline()
-    for number in range(int(sys.argv[2])):
-        key = (number, "a", (1, 2))
-        if key not in store:
-            rng = np.random.default_rng(number)
-            store[key] = rng.standard_normal((3, 4, 8)).astype(np.float32)
+    keys = [(number, "a", (1, 2)) for number in range(int(sys.argv[2]))]
+    for number in store.missing(keys):
+        rng = np.random.default_rng(number)
+        store[keys[number]] = rng.standard_normal((3, 4, 8)).astype(np.float32)
 """
 
 
@@ -194,9 +226,9 @@ def test_a_killed_builder_leaves_nothing_half_and_the_next_goes_on(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     store = Disk(tmp_path, {})
-    lacking = store.missing(many)
-    assert 12 <= len(many) - len(lacking) < len(many)
+    found = len(many) - len(store.missing(many))
+    assert 12 <= found < len(many)
     for key in many[:12]:
         np.testing.assert_array_equal(store[key], array(key))
     assert not list(tmp_path.glob("*.damaged"))
-    assert fill(Disk(tmp_path, {}), many[: len(many) - len(lacking) + 9]).missing(many[:20]) == []
+    assert fill(Disk(tmp_path, {}), many[: found + 9]).missing(many[:20]) == []

@@ -1,5 +1,6 @@
 """What was read before is not opened again, unless it has changed; nothing else is different."""
 
+import json
 import os
 
 import pytest
@@ -69,6 +70,48 @@ def test_only_what_has_changed_is_opened(tmp_path, read):
     assert read() == []
     photograph(2, (96, 64)).save(tmp_path / "masks/1.jpg", quality=50)
     assert read() == [(96, 64)]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", "csv"])
+def test_a_table_is_read_again_when_it_has_changed_and_only_then(tmp_path, opened, form):
+    folder, masks = photo_folder(tmp_path / "photos", 4, captions=False), tmp_path / "photos/masks"
+    photo_folder(masks, 4, captions=False)
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    table = folder / f"metadata.{form}"
+
+    def read(*words: str) -> list[str]:
+        rows = [
+            {"file_name": name, "text": f"{word}, {name} 猫", "cond": f"masks/{name}"}
+            for name, word in zip(names, words, strict=True)
+        ]
+        if form == "csv":
+            lines = [",".join(f'"{value}"' for value in row.values()) for row in rows]
+            text = "\n".join(["file_name,text,cond", *lines])
+        elif form == "json":
+            text = json.dumps({row.pop("file_name"): row for row in rows})
+        else:
+            text = "\n".join(map(json.dumps, rows))
+        if not table.exists() or table.read_text() != text:
+            table.write_text(text)
+        opened.clear()
+        options = {"caption_file": table, "cond_column": "cond"}
+        records, notices = source.index(folder, **options, kept=tmp_path / "index")
+        seen = [name for name in opened if name == table.name]
+        plain, said = source.index(folder, **options)
+        assert list(records) == list(plain)
+        assert [n for n in notices if "as they were read before" not in n] == said
+        assert [record.captions for record in records] == [(row["text"],) for row in rows]
+        return seen
+
+    assert read("a", "b", "c", "d") == 2 * [table.name]  # captions, and the column
+    assert read("a", "b", "c", "d") == []
+    assert read("a", "x", "c", "d") == 2 * [table.name]
+    for path in (tmp_path / "index").iterdir():
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    assert read("a", "x", "c", "d") == 2 * [table.name]
+    assert read("a", "x", "c", "d") == []
 
 
 def test_a_file_with_another_content_and_the_same_size_and_time_is_read(tmp_path, read):

@@ -26,6 +26,7 @@ from jaxft import (
 )
 from jaxft import config as configs
 from jaxft.data import latents, source
+from jaxft.data.records import Records
 from jaxft.errors import UserError
 from jaxft.formats import embeddings
 from tests.data_fixtures import photo_folder
@@ -222,21 +223,29 @@ def test_the_curve_is_pytorchs_and_does_not_depend_on_batches_or_seed(recipe, na
 
 
 def test_an_images_content_says_whether_it_is_held_out(tmp_path):
-    records = list(source.index(photo_folder(tmp_path / "photos", 40)).records)
-    used, spared = datasets._held_out("d", records * 2, 0.3)
-    assert 4 <= len(spared) <= 20
-    assert len(used) == 2 * (40 - len(spared))  # repeats go together, and are judged once
-    digests = {record.digest for record in spared}
-    assert not digests & {record.digest for record in used}
-    _, of_fewer = datasets._held_out("d", records[::-1][:25], 0.3)
-    assert {record.digest for record in of_fewer} == digests & {r.digest for r in records[15:]}
-    more = {record.digest for record in datasets._held_out("d", records, 0.6)[1]}
-    assert digests < more
-    assert len(datasets._held_out("d", records, 1e-9)[1]) == 1
-    random = [record._replace(crop="random", flip=True) for record in records]
-    assert {(r.crop, r.flip) for r in datasets._held_out("d", random, 0.3)[1]} == {
-        ("center", False)
-    }
+    folder = photo_folder(tmp_path / "photos", 40)
+    few = tmp_path / "few"
+    few.mkdir()
+    for path in sorted(folder.glob("*.*"))[20:]:
+        (few / f"x{path.name}").symlink_to(path)
+
+    def split(share: float, *folders: Path, **options) -> list[list[str]]:
+        parts = [part for one in folders for part in source.index(one, **options).records.parts]
+        halves = datasets._held_out("d", Records(parts), share)
+        assert {(r.crop, r.flip) for r in halves[1]} <= {("center", False)}
+        return [[record.digest for record in half] for half in halves]
+
+    (whole,) = (source.index(folder).records,)
+    places = {record.digest: int(record.digest[:16], 16) / 2**64 for record in whole}
+    for share in (0.3, 0.6):
+        used, spared = split(share, folder, repeat=2)
+        once = [digest for digest in places if places[digest] >= share]
+        assert used == 2 * once
+        assert spared == [digest for digest in places if places[digest] < share]
+        assert split(share, folder, few, crop="random", flip=True)[1] == spared  # judged once
+        _, of_fewer = split(share, few)
+        assert set(of_fewer) == {record.digest for record in source.index(few).records} & {*spared}
+    assert split(1e-9, folder)[1] == [min(places, key=lambda digest: places[digest])]
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,21 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
+from jaxft.data import index, text_files
+from jaxft.data.columns import Texts
 from jaxft.errors import UserError
+
+RECIPE = 1
+"""To be raised when a table is read in another way: what was read before is kept."""
+
+MAX_BYTES = 2**30
+"""Larger tables are refused before they are read."""
 
 Lines = tuple[str, ...]
 """The captions of one image, each stripped and not empty; ('',) where there is none."""
@@ -37,8 +45,6 @@ class Row(NamedTuple):
     lines: Lines
     other: str | None = None
     """What the column that is asked for says, as the table writes it."""
-    table: str = ""
-    """The table's own name."""
 
 
 def lines_of(text: str) -> Lines:
@@ -47,7 +53,9 @@ def lines_of(text: str) -> Lines:
     return tuple(line for line in lines if line) or ("",)
 
 
-def from_json(text: str, path: Path, problems: list[str], column: str | None = None) -> list[Row]:
+def from_json(
+    text: str, path: Path, problems: list[str], column: str | None = None
+) -> Iterable[Row]:
     """Rows of one object, `{"1.png": "a caption"}`.
 
     Raises:
@@ -62,7 +70,9 @@ def from_json(text: str, path: Path, problems: list[str], column: str | None = N
     return _rows(table, path.name, problems, column)
 
 
-def from_yaml(text: str, path: Path, problems: list[str], column: str | None = None) -> list[Row]:
+def from_yaml(
+    text: str, path: Path, problems: list[str], column: str | None = None
+) -> Iterable[Row]:
     """Rows of one mapping, `1.png: a caption`. What is not quoted is text all the same.
 
     Raises:
@@ -90,11 +100,11 @@ def from_yaml(text: str, path: Path, problems: list[str], column: str | None = N
 
 def from_json_lines(
     text: str, path: Path, problems: list[str], column: str | None = None
-) -> list[Row]:
+) -> Iterator[Row]:
     """Rows of lines `{"file_name": "1.png", "text": "a caption"}`, as Hugging Face's imagefolder
     has them; each line that is none is a problem."""
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, match in enumerate(re.finditer(r"[^\n]*(?:\n|$)", text), 1):
+        line = match[0]
         if not line.strip():
             continue
         where = f"{path.name}: line {number}"
@@ -105,13 +115,14 @@ def from_json_lines(
             continue
         name = entry.get("file_name") if isinstance(entry, dict) else None
         if isinstance(name, str):
-            rows += _rows({name: entry}, where, problems, column)
+            yield from _rows({name: entry}, where, problems, column)
         else:
             problems.append(f'{where} is no object with a "file_name" that is text')
-    return rows
 
 
-def from_csv(text: str, path: Path, problems: list[str], column: str | None = None) -> list[Row]:
+def from_csv(
+    text: str, path: Path, problems: list[str], column: str | None = None
+) -> Iterator[Row]:
     """Rows of a table with the columns `file_name` and `text` or `caption`, as Hugging Face's
     imagefolder has them; each row that lacks one is a problem.
 
@@ -119,7 +130,6 @@ def from_csv(text: str, path: Path, problems: list[str], column: str | None = No
         UserError: the first line names no such columns.
     """
     table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    rows = []
     try:
         columns = table.fieldnames or []
         if "file_name" not in columns or not {"text", "caption"} & set(columns):
@@ -132,10 +142,9 @@ def from_csv(text: str, path: Path, problems: list[str], column: str | None = No
             if not name or None in entry or None in entry.values():
                 problems.append(f"{where} has no file_name, or another number of columns")
             else:
-                rows += _rows({name: entry}, where, problems, column)
+                yield from _rows({name: entry}, where, problems, column)
     except csv.Error as error:
         problems.append(f"{path.name}: line {table.reader.line_num} is not CSV: {error}")
-    return rows
 
 
 def from_member(text: str, name: str) -> Lines:
@@ -150,7 +159,7 @@ def from_member(text: str, name: str) -> Lines:
         raise UserError(f"{name}: the caption {error}") from None
 
 
-Reader = Callable[[str, Path, list[str], str | None], list[Row]]
+Reader = Callable[[str, Path, list[str], str | None], Iterable[Row]]
 """The text of a file, its path for messages, the problems, which are added to, and a column besides
 the captions."""
 
@@ -161,6 +170,38 @@ READERS: dict[str, tuple[tuple[str, ...], Reader]] = {
     "csv": ((".csv",), from_csv),
 }
 """Form -> suffixes of its files, and what reads it."""
+
+
+class Table(NamedTuple):
+    """The rows of a table, in columns."""
+
+    names: Texts
+    """Of the images, as the table writes them."""
+    captions: Texts
+    """The lines of each one, one behind the other."""
+    others: Texts
+    """What the column that was asked for says; '' where it says nothing."""
+    problems: Texts
+
+
+def read(path: Path, form: str, column: str | None, kept: Path | None) -> Table:
+    """A table of a form, a key of `READERS`, and a column besides its captions; as it was read
+    before, where it has not changed and `kept` has it, see `index`.
+
+    Raises:
+        UserError: the file cannot be read, or is no such table.
+    """
+
+    def make() -> dict[str, Texts]:
+        table, problems = Table(Texts(), Texts(), Texts(), Texts()), []
+        text = text_files.decode(path, MAX_BYTES)
+        for row in READERS[form][1](text, path, problems, column):
+            table.names.append(row.name)
+            table.captions.append("\n".join(row.lines))
+            table.others.append(row.other or "")
+        return table._replace(problems=Texts(problems))._asdict()
+
+    return Table(**index.rows(kept, path, f"table {RECIPE} {form} {column}", make))
 
 
 def _unique(where: str, problems: list[str]) -> Callable[[list[tuple[Any, Any]]], dict[Any, Any]]:
@@ -177,15 +218,13 @@ def _unique(where: str, problems: list[str]) -> Callable[[list[tuple[Any, Any]]]
 
 def _rows(
     table: Mapping[str, Any], where: str, problems: list[str], column: str | None
-) -> list[Row]:
-    rows = []
+) -> Iterator[Row]:
     for name, value in table.items():
         try:
-            rows.append(Row(name, _lines(value), _other(value, column)))
+            yield Row(name, _lines(value), _other(value, column))
         except ValueError as error:
             problems.append(f"{where}: the caption of {name!r} {error}")
-            rows.append(Row(name, ("",)))
-    return rows
+            yield Row(name, ("",))
 
 
 def _other(value: Any, column: str | None) -> str | None:

@@ -1,16 +1,16 @@
 """Captions of a folder of images: files beside them, or one table for all."""
 
 import os
-import re
-import unicodedata
-from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
 
-from jaxft.data import files, shards, text_files
-from jaxft.data.caption_tables import READERS, Lines, Row, from_member, lines_of
+from jaxft.data import caption_tables, files, shards, text_files
+from jaxft.data.caption_tables import READERS, Lines, Table, from_member, lines_of
+from jaxft.data.columns import Made, Texts
 from jaxft.data.files import Span
-from jaxft.data.images import SUFFIXES
+from jaxft.data.image_names import folded, inside, stem
 from jaxft.data.index import Index
 from jaxft.errors import UserError
 
@@ -29,9 +29,6 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 MAX_CHARACTERS = 20_000
 """Of one caption: more is another kind of file, and costs seconds in every batch."""
 
-_MAX_TABLE = 2**30
-"""Larger tables are refused before they are read, in bytes."""
-
 Several = Literal["first", "random", "join"]
 Missing = Literal["error", "empty"]
 
@@ -39,12 +36,21 @@ Missing = Literal["error", "empty"]
 class Captions(NamedTuple):
     """What was read for a list of images."""
 
-    texts: list[Lines]
+    texts: Sequence[Lines]
     """For each image its captions, of which one is drawn; '' where there is none."""
     problems: list[str]
     """What makes the captions unusable: each names a file, a key or an image."""
     notices: list[str]
     """What a user should know and need not mend."""
+
+
+class _Found(NamedTuple):
+    """The texts of captions, lines one behind the other; for each image its row among them, -1 for
+    none; and the captions of no image."""
+
+    texts: Texts
+    rows: Sequence[int]
+    spare: list[str]
 
 
 class Place(NamedTuple):
@@ -87,19 +93,20 @@ def load(
     place = caption_file if isinstance(caption_file, Place) else Place(Path(caption_file))
     problems: list[str] = []
     if members is not None:
-        found, spare = _from_texts(place.path, names, problems, kept, members)
-        return _settled(found, names, several, missing, problems, spare)
+        found = _from_texts(place.path, names, problems, kept, members)
+        return _settled(found, names, several, missing, problems)
     path, tables, texts = _found(place, names)
     if not tables:
-        found, spare = _from_texts(path, names, problems, kept, dict.fromkeys(texts))
+        found = _from_texts(path, names, problems, kept, dict.fromkeys(texts))
     else:
-        rows = _rows(place, path, tables, problems)
-        found, spare = _from_rows(rows, names, root, problems)
-    return _settled(found, names, several, missing, problems, spare)
+        rows = _tables(place, path, tables, problems, kept)
+        pairs = {table: zip(own.names, own.captions, strict=True) for table, own in rows.items()}
+        found = _from_rows(pairs, names, root, problems)
+    return _settled(found, names, several, missing, problems)
 
 
 def column(
-    caption_file: Place, names: Sequence[str], title: str, *, root: Path
+    caption_file: Place, names: Sequence[str], title: str, *, root: Path, kept: Path | None = None
 ) -> tuple[list[str | None], list[str]]:
     """The files that the column `title` of the tables of captions names beside the image files
     `names`, all paths below `root`; and problems, those of the tables that `load` tells too.
@@ -111,31 +118,39 @@ def column(
     if not tables:
         raise UserError(f"cond_column: the captions of {path} are in no table with columns")
     problems: list[str] = []
-    rows = [row for row in _rows(caption_file, path, tables, problems, title) if row.other]
-    if not rows:
+    rows = _tables(caption_file, path, tables, problems, kept, title)
+    if not any(any(own.others) for own in rows.values()):
         raise UserError(f"cond_column: no row of {some(tables)} has a {title!r} that is text")
-    files = []
-    for row in rows:
-        at, slash, _ = row.table.rpartition("/")
-        try:
-            file = at + slash + _inside(str(row.other), root / at)
-            files.append(row._replace(lines=(file,)))
-        except UserError as error:
-            problems.append(f"{row.table}: {title} {row.other!r} {error}")
-    found, _ = _from_rows(files, names, root, problems)
-    return [lines[0] if lines else None for lines in found], problems
+
+    def pairs(table: str, own: Table) -> Iterator[tuple[str, str]]:
+        at, slash, _ = table.rpartition("/")
+        for name, other in zip(own.names, own.others, strict=True):
+            try:
+                if other:
+                    yield name, at + slash + inside(other, root / at)
+            except UserError as error:
+                problems.append(f"{table}: {title} {other!r} {error}")
+
+    named = {table: pairs(table, own) for table, own in rows.items()}
+    found = _from_rows(named, names, root, problems)
+    return [found.texts[row] if row >= 0 else None for row in found.rows], problems
 
 
-def _rows(
-    place: Place, path: Path, tables: Sequence[str], problems: list[str], title: str | None = None
-) -> list[Row]:
-    """The rows of all tables in a folder, with one column besides the captions."""
-    rows = []
+def _tables(
+    place: Place,
+    path: Path,
+    tables: Sequence[str],
+    problems: list[str],
+    kept: Path | None,
+    title: str | None = None,
+) -> dict[str, Table]:
+    """All tables in a folder, with one column besides the captions."""
+    found = {}
     for table in tables:
-        read = READERS[place.form or str(_form(table))][1]
-        text = text_files.decode(path / table, _MAX_TABLE)
-        rows += [row._replace(table=table) for row in read(text, path / table, problems, title)]
-    return rows
+        form = place.form or str(_form(table))
+        found[table] = caption_tables.read(path / table, form, title, kept)
+        problems += found[table].problems
+    return found
 
 
 def _found(place: Place, names: Sequence[str]) -> tuple[Path, list[str], list[str]]:
@@ -221,20 +236,20 @@ def _from_texts(
     problems: list[str],
     kept: Path | None,
     texts: Mapping[str, Span | None],
-) -> tuple[list[Lines | None], list[str]]:
+) -> _Found:
     """One of the text files for each image, of the same name up to the suffix, those of tars up to
-    the first dot; and the spare ones."""
+    the first dot."""
     members = any(texts.values())
-    key = shards.key if members else _stem
+    key = shards.key if members else stem
     rows = dict.fromkeys(map(key, names), -1)  # -1: no file yet
     picked, spare = [], []
     for file in sorted(texts, key=_preference) if members else texts:
-        stem = key(file)
-        row = rows.get(stem)
+        place = key(file)
+        row = rows.get(place)
         if row is None:
             spare.append(file)
         elif row < 0:
-            rows[stem] = len(picked)
+            rows[place] = len(picked)
             picked.append(file)
         elif not members:
             problems.append(f"{picked[row]} and {file} are captions of one image; keep one")
@@ -244,12 +259,12 @@ def _from_texts(
         lambda place: _text(folder, picked[place], texts[picked[place]]),
         title=f"reading captions of {folder}",
     )
-    found: list[Lines] = []
+    found = Texts()
     for fact in looked:
         if isinstance(fact, UserError):
             problems.append(str(fact))
-        found.append(("",) if isinstance(fact, UserError) else tuple(fact))
-    return [found[row] if (row := rows[key(name)]) >= 0 else None for name in names], spare
+        found.append("" if isinstance(fact, UserError) else "\n".join(fact))
+    return _Found(found, array("q", (rows[key(name)] for name in names)), spare)
 
 
 def _stamp(folder: Path, file: str, span: Span | None) -> files.Stamp | None:
@@ -272,103 +287,82 @@ def _text(folder: Path, file: str, span: Span | None) -> Lines:
 
 
 def _from_rows(
-    rows: Sequence[Row], names: Sequence[str], root: Path | None, problems: list[str]
-) -> tuple[list[Lines | None], list[str]]:
-    """The captions of tables, each with names below its folder; and names that are no image's."""
-    captions: dict[str, Lines] = {}
-    spelling: dict[str, str] = {}
-    for row in rows:
-        file, (at, slash, _) = row.table, row.table.rpartition("/")
-        try:
-            name = _folded(at + slash + _inside(row.name, root and root / at))
-        except UserError as error:
-            problems.append(f"{file}: {row.name!r} {error}")
-            continue
-        if fault := next(filter(None, map(text_files.fault_of, row.lines)), ""):
-            problems.append(f"{file}: the caption of {row.name!r} holds {fault}")
-        if name in captions:
-            problems.append(f"{file}: {spelling[name]!r} and {row.name!r} are the same image")
-        captions[name], spelling[name] = row.lines, row.name
-    texts: list[Lines | None] = []
-    used: set[str] = set()
+    tables: Mapping[str, Iterable[tuple[str, str]]],
+    names: Sequence[str],
+    root: Path | None,
+    problems: list[str],
+) -> _Found:
+    """The texts of tables, each with names below its folder."""
+    rows: dict[str, int] = {}
+    texts, spelling = Texts(), Texts()
+    for file, pairs in tables.items():
+        at, slash, _ = file.rpartition("/")
+        below = root and root / at
+        for written, text in pairs:
+            try:
+                name = folded(at + slash + inside(written, below))
+            except UserError as error:
+                problems.append(f"{file}: {written!r} {error}")
+                continue
+            if fault := next(filter(None, map(text_files.fault_of, text.split("\n"))), ""):
+                problems.append(f"{file}: the caption of {written!r} holds {fault}")
+            if name in rows:
+                other = spelling[rows[name]]
+                problems.append(f"{file}: {other!r} and {written!r} are the same image")
+            rows[name] = len(texts)
+            texts.append(text)
+            spelling.append(written)
+    chosen, used = array("q"), bytearray(len(texts))
     for name in names:
-        hits = [key for key in (_folded(name), _stem(name)) if key in captions]
-        if len({captions[key] for key in hits}) > 1:
+        hits = [rows[key] for key in (folded(name), stem(name)) if key in rows]
+        if len({texts[row] for row in hits}) > 1:
             problems.append(f"{name} has a caption with and one without the suffix")
-        texts.append(captions[hits[0]] if hits else None)
-        used.update(hits)
-    return texts, [spelling[key] for key in captions if key not in used]
-
-
-def _inside(name: str, root: Path | None) -> str:
-    """A name as a path below the folder of the images.
-
-    Raises:
-        UserError: it leads elsewhere.
-    """
-    if "\0" in name:
-        raise UserError("holds a NUL character")
-    path = PurePosixPath(name.replace("\\", "/"))
-    if path.is_absolute() and root is not None:
-        parents = (root.absolute(), root.resolve())
-        path = next((path.relative_to(p) for p in parents if path.is_relative_to(p)), path)
-    drive = re.match(r"[A-Za-z]:/", str(path)) is not None
-    if path.is_absolute() or drive or path.parts[:1] == ("~",) or ".." in path.parts:
-        raise UserError("leads out of the folder of the images: write it relative to that folder")
-    return str(path)
+        chosen.append(hits[0] if hits else -1)
+        for row in hits:
+            used[row] = True
+    return _Found(texts, chosen, [spelling[row] for row in rows.values() if not used[row]])
 
 
 def _settled(
-    found: Sequence[Lines | None],
+    found: _Found,
     names: Sequence[str],
     several: Several | None,
     missing: Missing,
     problems: list[str],
-    spare: Sequence[str],
 ) -> Captions:
     """One caption for each image, or lines to draw from, and all that there is to say of them."""
-    pairs = list(zip(names, found, strict=True))
-    without = [shown(name) for name, lines in pairs if lines is None]
+    texts, without, more, empty, long = Texts(), [], [], [], []
+    choice = {"first": lambda lines: lines[:1], "join": lambda lines: [" ".join(lines)]}
+    for name, row in zip(names, found.rows, strict=True):
+        text = found.texts[row] if row >= 0 else ""
+        if "\n" in text:
+            more.append(name)
+            text = "\n".join(choice.get(several or "", list)(text.split("\n")))
+        elif not text:
+            (empty if row >= 0 else without).append(name)
+        if (
+            len(text) > MAX_CHARACTERS
+            and (most := max(map(len, text.split("\n")))) > MAX_CHARACTERS
+        ):
+            long.append(
+                f"{shown(name)}: its caption has {most} characters, more than {MAX_CHARACTERS}"
+            )
+        texts.append(text)
     if missing == "error":
-        problems = problems + [f"{name}: no caption" for name in without]
-    more = [name for name, lines in pairs if lines and len(lines) > 1]
+        problems = problems + [f"{shown(name)}: no caption" for name in without]
     if more and several is None:
         problems.append(
             f"captions of several lines: {some(more)}; set caption_lines to first, random "
             "(another each time) or join"
         )
-    choice = {"first": lambda lines: lines[:1], "join": lambda lines: (" ".join(lines),)}
-    texts = [choice.get(several or "", tuple)(lines or ("",)) for lines in found]
-    problems += [
-        f"{shown(name)}: its caption has {max(map(len, lines))} characters, more than "
-        f"{MAX_CHARACTERS}"
-        for name, lines in zip(names, texts, strict=True)
-        if max(map(len, lines)) > MAX_CHARACTERS
-    ]
-    empty = [name for name, lines in pairs if lines == ("",)]
-    notices = [f"captions that name no image: {some(spare)}"] if spare else []
+    problems += long
+    notices = [f"captions that name no image: {some(found.spare)}"] if found.spare else []
     if without and missing == "empty":
         notices.append(f"images without caption, which is then empty: {some(without)}")
     if empty and not problems:
         notices.append(f"images whose caption is empty: {some(empty)}")
-    return Captions(texts, problems, notices)
-
-
-def _folded(name: str) -> str:
-    """A name as it is compared: composed Unicode, an image's suffix in lower case."""
-    name = str(PurePosixPath(unicodedata.normalize("NFC", name).replace("\\", "/")))
-    suffix = PurePosixPath(name).suffix
-    if suffix.casefold() in SUFFIXES:
-        return name.removesuffix(suffix) + suffix.casefold()
-    return name
-
-
-def _stem(name: str) -> str:
-    if name.isascii() and not re.search(r"[\\]|//|(^|/)\.", name):  # a million take two seconds
-        head, dot, end = name.rpartition(".")
-        return head if dot and end and head and "/" not in end else name
-    path = PurePosixPath(unicodedata.normalize("NFC", name).replace("\\", "/"))
-    return str(path.with_suffix(""))
+    made = Made(lambda place: tuple(texts[place].split("\n")), range(len(texts)))
+    return Captions(made, problems, notices)
 
 
 def shown(name: str) -> str:

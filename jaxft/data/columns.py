@@ -1,7 +1,11 @@
-"""Many short texts in one block of bytes: as Python's strings each would take 50 bytes more."""
+"""Long lists that take little memory: of short texts, which as Python's strings would each take 50
+bytes more, and of what is made when it is asked for."""
 
+import itertools
 from array import array
-from collections.abc import Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -44,3 +48,32 @@ class Texts:
 
     def __iter__(self) -> Iterator[str]:
         return map(self.__getitem__, range(len(self)))
+
+
+T = TypeVar("T")
+
+
+class Made(Sequence[T], Generic[T]):
+    """Items that are made when they are asked for, from their places."""
+
+    def __init__(self, make: Callable[[int], T], places: range):
+        self._make, self._places = make, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, place: Any) -> Any:
+        """An item, or for a slice some of them."""
+        places = self._places[place]
+        return Made(self._make, places) if isinstance(places, range) else self._make(places)
+
+
+def joined(parts: Sequence[Sequence[T]]) -> Made[T]:
+    """The items of one sequence after those of another."""
+    ends = [0, *itertools.accumulate(map(len, parts))]
+
+    def make(place: int) -> T:
+        at = bisect_right(ends, place) - 1
+        return parts[at][place - ends[at]]
+
+    return Made(make, range(ends[-1]))

@@ -17,11 +17,12 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from jaxft import tensor_file
+from jaxft.data.places import NAME, Place, Places
 from jaxft.errors import UserError
 from jaxft.hosts import progress
 
@@ -40,37 +41,19 @@ _log = logging.getLogger(__name__)
 class Memory(dict[Hashable, np.ndarray]):
     """The same as `Disk`, in memory."""
 
-    def missing(self, keys: Iterable[Any]) -> list[Any]:
-        """Those of the keys that are not here, each once."""
-        return [key for key in dict.fromkeys(keys) if key not in self]
+    def missing(self, keys: Iterable[Any]) -> list[int]:
+        """The places of those of the keys that are not here, each once."""
+        first: dict[Any, int] = {}
+        for place, key in enumerate(keys):
+            if key not in self:
+                first.setdefault(key, place)
+        return list(first.values())
 
     def __enter__(self) -> "Memory":
         return self
 
     def __exit__(self, *exception: object) -> None:
         pass
-
-
-class Place(NamedTuple):
-    """Where an array lies."""
-
-    shard: Path
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    start: int
-    """In bytes from the beginning of the file."""
-    digest: str
-    """What `_digest` gives for it."""
-
-    def read(self) -> np.ndarray:
-        """The array; a missing file or one that is cut off is an OSError."""
-        array = np.empty(self.shape, self.dtype)
-        with open(self.shard, "rb", buffering=0) as file:
-            file.seek(self.start)
-            data: Any = array.reshape(-1).view(np.uint8)
-            if file.readinto(data) != array.nbytes:
-                raise OSError(f"{self.shard} is cut off")
-        return array
 
 
 class Disk:
@@ -100,22 +83,19 @@ class Disk:
         """
         self._folder, self._workers, self._say = folder, workers, say
         self._common = hashlib.sha256(json.dumps(depends, sort_keys=True).encode())
-        self._places: dict[str, Place] = {}
+        self._places = Places()
         self._new: dict[str, np.ndarray] = {}
         self._new_bytes = 0
         self._since = time.monotonic()
         self._writer: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
         # The oldest copy of an array counts, also after another run has added a second one.
-        for path in reversed(_by_age(folder)):
+        for path in _by_age(folder):
             try:
-                self._places |= _index(path)
+                self._add(path)
             except UserError:
                 if path.exists():  # else another run has put it aside
                     self._put_aside(path)
-
-    def __contains__(self, key: Hashable) -> bool:
-        return self._name(key) in self._places
 
     def __getitem__(self, key: Hashable) -> np.ndarray:
         place = self._places[self._name(key)]
@@ -130,33 +110,33 @@ class Disk:
                 "made anew"
             ) from None
 
-    def missing(self, keys: Iterable[Any]) -> list[Any]:
-        """Those of the keys that are not here intact, each once; says how many are.
+    def missing(self, keys: Iterable[Any]) -> list[int]:
+        """The places of those of the keys that are not here intact, each once; says how many are.
 
         Every array is read and compared with its SHA-256. A shard that is damaged in one of them
         is renamed, and none of its arrays is here any more.
         """
-        keys = list(dict.fromkeys(keys))
-        by_shard: dict[Path, list[Place]] = {}
-        for key in keys:
-            if place := self._places.get(self._name(key)):
-                by_shard.setdefault(place.shard, []).append(place)
-        total = sum(map(len, by_shard.values()))
+        names = np.frombuffer(b"".join(map(self._name, keys)), NAME)
+        first = np.sort(np.unique(names, return_index=True)[1])
+        wanted = names[first]
+        by_shard = self._places.by_shard(wanted)
+        total = sum(len(places) for _, places in by_shard)
         with (
             ThreadPoolExecutor(self._workers) as pool,
             progress(desc=f"checking {self._folder}", total=total, unit="array") as bar,
         ):
-            for shard, good in zip(by_shard, pool.map(_intact, by_shard.values()), strict=True):
+            intact = pool.map(_intact, [places for _, places in by_shard])
+            for (shard, places), good in zip(by_shard, intact, strict=True):
                 if not good:
                     self._put_aside(shard)
-                bar.update(len(by_shard[shard]))
-        lacking = [key for key in keys if key not in self]
-        found, what = len(keys) - len(lacking), self._folder.name
-        self._say(f"cache     {found:,} of {len(keys):,} {what} found in {self._folder.parent}")
+                bar.update(len(places))
+        lacking = first[~self._places.holds(wanted)].tolist()
+        found, what = len(first) - len(lacking), self._folder.name
+        self._say(f"cache     {found:,} of {len(first):,} {what} found in {self._folder.parent}")
         return lacking
 
     def __setitem__(self, key: Hashable, array: np.ndarray) -> None:
-        self._new[self._name(key)] = array
+        self._new[self._name(key).hex()] = array
         self._new_bytes += array.nbytes
         if (
             self._new_bytes >= SHARD_BYTES
@@ -177,10 +157,10 @@ class Disk:
             self._start_to_write()
             self._wait()
 
-    def _name(self, key: Hashable) -> str:
+    def _name(self, key: Hashable) -> bytes:
         name = self._common.copy()
         name.update(json.dumps(key).encode())
-        return name.hexdigest()
+        return name.digest()
 
     def _start_to_write(self) -> None:
         """Hands the new arrays to the thread that writes, when it has written those before."""
@@ -197,7 +177,7 @@ class Disk:
 
     def _write(self, arrays: Mapping[str, np.ndarray]) -> None:
         path = self._folder / f"{secrets.token_hex(8)}.safetensors"
-        digests = {name: _digest(array) for name, array in arrays.items()}
+        digests = {name: _digest(array).hex() for name, array in arrays.items()}
         try:
             tensor_file.write(path, arrays, digests | {MARK: "1"})
             _sweep(self._folder)
@@ -206,7 +186,13 @@ class Disk:
                 f"cache_dir: {self._folder} cannot be written to ({error.strerror or error}); "
                 "make room there, choose another folder, or null: in memory"
             ) from None
-        self._places |= _index(path)
+        self._add(path)
+
+    def _add(self, path: Path) -> None:
+        """Adds the arrays of a shard, if it is one of ours."""
+        header = tensor_file.read_header(path)
+        if MARK in header.metadata:
+            self._places.add(path, header)
 
     def _put_aside(self, shard: Path) -> None:
         with contextlib.suppress(OSError):  # another run was quicker, or may not write here
@@ -215,7 +201,7 @@ class Disk:
             "%s is damaged: put aside as %s, and what is needed of it is made anew",
             *(shard, _aside(shard).name),
         )
-        self._places = {name: p for name, p in self._places.items() if p.shard != shard}
+        self._places.remove(shard)
 
 
 def _by_age(folder: Path) -> list[Path]:
@@ -234,35 +220,20 @@ def _by_age(folder: Path) -> list[Path]:
     return [path for _, path in sorted(ages)]
 
 
-def _index(path: Path) -> dict[str, Place]:
-    """Name -> place, of all arrays of a shard."""
-    header = tensor_file.read_header(path)
-    if MARK not in header.metadata:
-        return {}  # not one of ours
-    return {
-        name: Place(
-            *(path, entry.dtype, entry.shape, header.size + entry.start),
-            header.metadata.get(name, "none"),
-        )
-        for name, entry in header.tensors.items()
-    }
-
-
 def _intact(places: Sequence[Place]) -> bool:
     """Whether these arrays of one shard are what was written."""
-    places = sorted(places, key=lambda place: place.start)
     try:
         return all(_digest(place.read()) == place.digest for place in places)
     except OSError:
         return False
 
 
-def _digest(array: np.ndarray) -> str:
+def _digest(array: np.ndarray) -> bytes:
     """SHA-256 of an array's dtype, shape and bytes."""
     digest = hashlib.sha256(f"{array.dtype.name} {array.shape} ".encode())
     data: Any = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     digest.update(data)
-    return digest.hexdigest()
+    return digest.digest()
 
 
 def _aside(shard: Path) -> Path:

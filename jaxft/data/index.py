@@ -3,7 +3,8 @@
     INDEX/0b5e….safetensors    of one folder and one kind: names, stamps, and what was found
 
 A file is unchanged if its size, the time of its last change and that of its inode's are. What was
-found in it, a fact, is what JSON can say. A damaged index is no index.
+found in it, a fact, is what JSON can say. Of a file with a row for each image, the rows are kept. A
+damaged index is no index.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from jaxft import tensor_file
+from jaxft.data import files
 from jaxft.data.columns import Texts
 from jaxft.data.files import Stamp
 from jaxft.errors import UserError
@@ -36,6 +38,9 @@ _BLOCK = 1024
 
 _HASH = "modelspec.hash_sha256"
 """Metadata key under which the writer puts the SHA-256 of the content."""
+
+_STAMP = "stamp"
+"""Metadata key of the stamp of the file that rows were read from."""
 
 _log = logging.getLogger(__name__)
 
@@ -81,8 +86,7 @@ class Index:
         """An index in `folder` (None: none is kept) of the files below `root`; `kind` says what is
         looked for in them, and which version of what looks. Of fewer files than `least` (`LEAST`)
         none is kept."""
-        key = hashlib.sha256(os.fsencode(f"{kind}\n{root.resolve()}")).hexdigest()
-        self._path = folder.expanduser() / f"{key[:40]}.safetensors" if folder else None
+        self._path = _path(folder, root, kind)
         self._least = LEAST if least is None else least
         self.num_known = 0
         """Files that need not be opened."""
@@ -141,19 +145,50 @@ def _fact(read: Callable[[int], Any], place: int) -> Any:
         return error
 
 
-def _load(path: Path | None) -> _Table:
+def rows(
+    folder: Path | None, file: Path, kind: str, read: Callable[[], dict[str, Texts]]
+) -> dict[str, Texts]:
+    """What `read` gives, columns by name, or gave when the file was as it is now.
+
+    The folder and the kind are as of `Index`; of fewer rows than `LEAST` none is kept.
+    """
+    path, at, now = _path(folder, file, kind), files.stamp(file), time.time_ns()
+    metadata, tensors = _read(path)
+    if at and metadata.get(_STAMP) == str(at):
+        names = [name for name in tensors if f"{name}.ends" in tensors]
+        return {name: Texts.of(tensors[name], tensors[f"{name}.ends"]) for name in names}
+    columns = read()
+    settled = at and at == files.stamp(file) and max(at[1:]) < now - SETTLED
+    if path and settled and max(map(len, columns.values())) >= LEAST:
+        _write(path, columns, {}, {_STAMP: str(at)})
+    return columns
+
+
+def _path(folder: Path | None, of: Path, kind: str) -> Path | None:
+    key = hashlib.sha256(os.fsencode(f"{kind}\n{of.resolve()}")).hexdigest()
+    return folder.expanduser() / f"{key[:40]}.safetensors" if folder else None
+
+
+def _read(path: Path | None) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """Metadata and tensors of an index; nothing where there is none, or it is damaged."""
     if path is None or not path.exists():
-        return _Table()
+        return {}, {}
     try:
         header, tensors = tensor_file.read_header(path), tensor_file.read(path)
         if header.metadata[_HASH] != "0x" + tensor_file.digest(path, header.size):
             raise UserError("its content is not what was written")
-        texts = (Texts.of(tensors[n], tensors[f"{n}.ends"]) for n in ("names", "facts"))
-        names, facts = texts
-        return _Table(names, tensors["stamps"].data, facts)
+        return header.metadata, tensors
     except (UserError, KeyError, OSError) as error:
         _log.warning("%s is damaged (%s): files are read anew", path, error)
+        return {}, {}
+
+
+def _load(path: Path | None) -> _Table:
+    _, tensors = _read(path)
+    if not tensors:
         return _Table()
+    names, facts = (Texts.of(tensors[n], tensors[f"{n}.ends"]) for n in ("names", "facts"))
+    return _Table(names, tensors["stamps"].data, facts)
 
 
 def _save(path: Path, old: _Table, rows: Sequence[int], new: _Table) -> None:
@@ -162,10 +197,17 @@ def _save(path: Path, old: _Table, rows: Sequence[int], new: _Table) -> None:
     whole = _Table()
     for _, row in sorted(pairs):
         whole.add(*(old.row(row) if row >= 0 else new.row(-1 - row)))
-    (names, name_ends), (facts, fact_ends) = whole.names.arrays(), whole.facts.arrays()
-    tensors = {"names": names, "names.ends": name_ends, "facts": facts, "facts.ends": fact_ends}
-    tensors["stamps"] = np.asarray(whole.stamps)
+    columns = {"names": whole.names, "facts": whole.facts}
+    _write(path, columns, {"stamps": np.asarray(whole.stamps)}, {})
+
+
+def _write(
+    path: Path, columns: dict[str, Texts], arrays: dict[str, np.ndarray], metadata: dict[str, str]
+) -> None:
+    tensors = dict(arrays)
+    for name, texts in columns.items():
+        tensors[name], tensors[f"{name}.ends"] = texts.arrays()
     try:
-        tensor_file.write(path, tensors, {_HASH: ""})
+        tensor_file.write(path, tensors, metadata | {_HASH: ""})
     except OSError as error:
         _log.warning("%s cannot be written (%s): files are read anew next time", path, error)

@@ -42,7 +42,7 @@ def key(record: Record, size: Size) -> Key:
 
 
 def cache(
-    wanted: Iterable[tuple[Record, Size]],
+    wanted: Sequence[tuple[Record, Size]],
     encode: Callable[[UInt8[np.ndarray, "b h w 3"]], Float[np.ndarray, "b h/8 w/8 8"]],
     *,
     batch_size: int,
@@ -60,17 +60,15 @@ def cache(
         UserError: an image is gone or changed, or its moments are not finite.
     """
     store = Memory() if store is None else store
-    records: dict[Key, Record] = {}
-    for record, size in wanted:
-        records.setdefault(key(record, size), record)
-    groups: dict[Size, list[tuple[Key, Record]]] = {}
-    for name in (missing := store.missing(records)):
-        groups.setdefault(name.size, []).append((name, records[name]))
-    batches = [
-        (size, group[start : start + batch_size])
+    missing = store.missing(key(*one) for one in wanted)
+    groups: dict[Size, list[int]] = {}
+    for place in missing:
+        groups.setdefault(wanted[place][1], []).append(place)
+    batches = (
+        (size, [wanted[place][0] for place in group[start : start + batch_size]])
         for size, group in groups.items()
         for start in range(0, len(group), batch_size)
-    ]
+    )
     with (
         store,
         ThreadPoolExecutor(workers) as pool,
@@ -80,26 +78,28 @@ def cache(
             filled = images + [images[-1]] * (batch_size - len(images))
             moments = np.asarray(encode(np.stack(filled)), np.float32)
             assert moments.shape == (batch_size, size[1] // VAE_STRIDE, size[0] // VAE_STRIDE, 8)
-            for (name, record), entry in zip(batch, moments, strict=False):
+            for record, entry in zip(batch, moments, strict=False):
                 if not np.isfinite(entry).all():
                     raise UserError(f"{record.path}: the VAE's output for it is not finite")
-                store[name] = entry.copy()  # no view: it would keep its whole batch alive
+                store[key(record, size)] = (
+                    entry.copy()
+                )  # no view: it would keep its whole batch alive
             bar.update(len(batch))
             if stopped():
                 break
     return store
 
 
-Group = tuple[Size, Sequence[tuple[Key, Record]]]
+Group = tuple[Size, Sequence[Record]]
 
 
 def _ahead(
-    pool: ThreadPoolExecutor, batches: Sequence[Group]
+    pool: ThreadPoolExecutor, batches: Iterable[Group]
 ) -> Iterator[tuple[Group, list[np.ndarray]]]:
     """Each batch with its decoded images; the next two are decoded meanwhile."""
     started: deque[tuple[Group, list[Future[np.ndarray]]]] = deque()
     for size, batch in batches:
-        jobs = [pool.submit(pixels, record, size) for _, record in batch]
+        jobs = [pool.submit(pixels, record, size) for record in batch]
         started.append(((size, batch), jobs))
         if len(started) > 2:
             group, jobs = started.popleft()

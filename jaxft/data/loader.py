@@ -6,7 +6,7 @@ a run in its data is one number, the step.
 
 import sys
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from jaxtyping import Int
 from jaxft.data import images, latents, prompts, records, source, text_states
 from jaxft.data.batches import BatchPlan
 from jaxft.data.buckets import Buckets
+from jaxft.data.columns import Made, Texts
 from jaxft.data.tokens import ROW, Tokenizer
 from jaxft.shapes import NEGATIVE, TEXT_INPUTS, TEXT_STATES
 
@@ -139,10 +140,19 @@ class Dataset:
         return [self.buckets.sizes[bucket] for bucket in self.buckets.assignment.tolist()]
 
     @property
-    def wanted(self) -> Iterator[tuple[source.Record, tuple[int, int]]]:
+    def wanted(self) -> Sequence[tuple[source.Record, tuple[int, int]]]:
         """Every view of every image with its size, for `latents.cache`."""
-        for record, size in zip(self.records, self.sizes, strict=True):
-            yield from ((view, size) for view in source.views(record, size))
+        sizes, assignment = self.buckets.sizes, self.buckets.assignment
+        counts = np.fromiter((1 + record.flip for record in self.records), np.int8)
+        of = np.repeat(np.arange(len(counts)), counts)
+
+        def view(place: int) -> tuple[source.Record, tuple[int, int]]:
+            number = of[place]
+            size = sizes[assignment[number]]
+            is_second = int(place > 0 and of[place - 1] == number)
+            return source.views(self.records[number], size)[is_second], size
+
+        return Made(view, range(len(of)))
 
     @property
     def truncated(self) -> list[str]:
@@ -236,14 +246,11 @@ class Dataset:
         return TEXT_STATES if self.with_sizes else TEXT_STATES[:1]
 
     @property
-    def wanted_texts(self) -> list[list[np.ndarray]]:
+    def wanted_texts(self) -> Sequence[list[np.ndarray]]:
         """The token ids of every prompt that a batch can hold, for `text_states.cache`."""
-        texts = dict.fromkeys(
-            text
-            for record in self.records
-            for text in prompts.every(record.captions, record.recipe)
-        )
-        return [self.ids(text) for text in texts]
+        every = (prompts.every(record.captions, record.recipe) for record in self.records)
+        texts = Texts(dict.fromkeys(text for several in every for text in several))
+        return Made(lambda place: self.ids(texts[place]), range(len(texts)))
 
 
 def time_ids(record: source.Record, size: tuple[int, int]) -> np.ndarray:

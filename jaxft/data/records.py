@@ -1,15 +1,16 @@
 """The images of a data set as records, kept in columns: a million of them take a few hundred MB."""
 
+import copy
 import itertools
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 
 from jaxft.data import beside, images, prompts
 from jaxft.data.columns import Texts
@@ -153,17 +154,35 @@ class Columns:
         """Width and height of each image."""
         return np.array(self._sizes, np.int64).reshape(-1, 2)
 
+    @property
+    def places(self) -> Float[np.ndarray, " n"]:
+        """A number from 0 to 1 for each image, that its content alone decides."""
+        return np.frombuffer(self._digests, ">u8")[::4] * 2.0**-64
+
+    def changed(self, **fields: Any) -> "Columns":
+        """The same records with other fields that all of them share."""
+        other = copy.copy(self)
+        other._shared = self._shared._replace(**fields)
+        return other
+
+    def plain(self) -> "Columns":
+        """The same records, as they are: never mirrored, nor cropped by chance."""
+        crop = "center" if self._shared.crop == "random" else self._shared.crop
+        return self.changed(crop=crop, flip=False)
+
 
 class Records(Sequence[Record]):
     """The records of several folders, one after the other, each made when it is asked for."""
 
-    def __init__(self, parts: Iterable[Columns] = (), *, scaled: bool = True):
-        """`scaled`: of all of them; see `Record`."""
-        self.parts, self._scaled = list(parts), scaled
+    def __init__(self, parts: Iterable[Columns] = (), chosen: Int[np.ndarray, " n"] | None = None):
+        """`chosen`: the places of those that there are (None: all), in order, among all of the
+        folders with each as often as it is repeated."""
+        self.parts = list(parts)
         self._ends = list(itertools.accumulate(len(part) * part.repeat for part in self.parts))
+        self._chosen = np.arange(self._ends[-1] if self._ends else 0) if chosen is None else chosen
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return len(self._chosen)
 
     @overload
     def __getitem__(self, place: int) -> Record: ...
@@ -171,35 +190,51 @@ class Records(Sequence[Record]):
     def __getitem__(self, place: slice) -> list[Record]: ...
     def __getitem__(self, place: int | slice) -> Record | list[Record]:
         if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        place = place + len(self) if place < 0 else place
-        if not 0 <= place < len(self):
-            raise IndexError(place)
-        at = bisect_right(self._ends, place)
-        part = self.parts[at]
-        row = (place - (self._ends[at - 1] if at else 0)) % len(part)
-        return self._made(part, row)
-
-    def _made(self, part: Columns, row: int) -> Record:
-        return part[row] if self._scaled else part[row]._replace(scaled=False)
+            return [*map(self._at, self._chosen[place])]
+        return self._at(self._chosen[place])
 
     def __iter__(self) -> Iterator[Record]:
-        for part in self.parts:
-            for row in itertools.chain.from_iterable(
-                itertools.repeat(range(len(part)), part.repeat)
-            ):
-                yield self._made(part, row)
+        return map(self._at, self._chosen)
 
-    def once(self) -> Iterator[Record]:
+    def _at(self, chosen: np.integer) -> Record:
+        place = int(chosen)
+        at = bisect_right(self._ends, place)
+        part = self.parts[at]
+        return part[(place - (self._ends[at - 1] if at else 0)) % len(part)]
+
+    def once(self) -> "Records":
         """Each image once, whatever its folder's `repeat`."""
-        for part in self.parts:
-            yield from (self._made(part, row) for row in range(len(part)))
+        first = [np.arange(len(part) * part.repeat) < len(part) for part in self.parts]
+        return self.where(np.concatenate(first)[self._chosen]) if first else self
+
+    def where(self, wanted: Bool[np.ndarray, " n"]) -> "Records":
+        """Some of them."""
+        return Records(self.parts, self._chosen[wanted])
+
+    def scaled(self, scaled: bool) -> "Records":
+        """The same, with what their buckets say of scaling."""
+        return Records([part.changed(scaled=scaled) for part in self.parts], self._chosen)
+
+    def judged(self) -> "Records":
+        """Each content once, as it is: never mirrored, nor cropped by chance."""
+        once = self.once()
+        last = {once[place].digest: place for place in range(len(once))}
+        chosen = once._chosen[[*last.values()]]
+        return Records([part.plain() for part in self.parts], chosen)
 
     @property
     def sizes(self) -> Int[np.ndarray, "n 2"]:
         """Width and height of each image."""
-        tiled = [np.tile(part.sizes, (part.repeat, 1)) for part in self.parts]
-        return np.concatenate(tiled) if tiled else np.zeros((0, 2), np.int64)
+        return self._column(lambda part: part.sizes, np.zeros((0, 2), np.int64))
+
+    @property
+    def places(self) -> Float[np.ndarray, " n"]:
+        """A number from 0 to 1 for each image, that its content alone decides."""
+        return self._column(lambda part: part.places, np.zeros(0))
+
+    def _column(self, of: Callable[[Columns], np.ndarray], nothing: np.ndarray) -> np.ndarray:
+        whole = [column for part in self.parts for column in [of(part)] * part.repeat]
+        return np.concatenate([nothing, *whole])[self._chosen]
 
 
 def once(records: Sequence[Record]) -> Iterable[Record]:

@@ -79,7 +79,7 @@ def index(
     place, drawn = _place(caption_file), inpaint_mask == holes.RANDOM
     others = _others(folder, crop, att_mask, cond_dir, None if drawn else inpaint_mask)
     found = listing.find(folder, recursive=recursive, without=[*others.values()], kept=kept)
-    found, sides = _beside(found, others, recursive, place, cond_column)
+    found, sides = _beside(found, others, recursive, place, cond_column, kept)
     inside = place is not None and found.texts is not None and place.path == folder
     texts = captions.load(
         place,
@@ -161,6 +161,7 @@ def _beside(
     recursive: bool,
     place: captions.Place | None,
     cond_column: str | None,
+    kept: Path | None,
 ) -> tuple[Listing, dict[str, beside.Found]]:
     """What lies beside the images that were found; of these, without what a column says to be such
     an image. Only a mask may be missing."""
@@ -171,7 +172,7 @@ def _beside(
                 f"cond_column: {cond_column} is of a table, caption_file, of images in folders; it "
                 "stands in place of cond_dir"
             )
-        files, wrong = captions.column(place, found.names, cond_column, root=found.root)
+        files, wrong = captions.column(place, found.names, cond_column, root=found.root, kept=kept)
         taken, pairs = {*files}, list(zip(found.names, files, strict=True))
         own = [(name, file) for name, file in pairs if name not in taken]
         found = found._replace(names=[name for name, _ in own])

@@ -43,5 +43,7 @@ def fault_of(text: str) -> str:
     """What keeps a tokenizer from reading the text; '' if nothing does."""
     if "\0" in text:
         return f"a NUL character at {text.index(chr(0))}"
+    if text.isascii():  # a million are soon looked at
+        return ""
     lone = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
     return "" if lone is None else f"half a surrogate pair at {lone}"

@@ -1,7 +1,7 @@
 """The cache of text encoder outputs: every prompt is encoded once, before the first step."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -29,7 +29,7 @@ def key(ids: Ids) -> str:
 
 
 def cache(
-    wanted: Iterable[Ids],
+    wanted: Sequence[Ids],
     encode: Callable[[list[np.ndarray]], dict[str, np.ndarray]],
     *,
     names: Sequence[str] = TEXT_STATES,
@@ -44,18 +44,17 @@ def cache(
     ends early when `stopped()`.
     """
     store = Memory() if store is None else store
-    prompts = {key(ids): ids for ids in wanted}
-    lacking = store.missing((digest, name) for digest in prompts for name in names)
-    digests = list(dict.fromkeys(digest for digest, _ in lacking))
-    with store, progress(desc="encoding prompts", total=len(digests), unit="prompt") as bar:
-        for start in range(0, len(digests), batch_size):
-            batch = digests[start : start + batch_size]
+    digests = (key(ids) for ids in wanted)
+    lacking = store.missing((digest, name) for digest in digests for name in names)
+    places = list(dict.fromkeys(place // len(names) for place in lacking))
+    with store, progress(desc="encoding prompts", total=len(places), unit="prompt") as bar:
+        for start in range(0, len(places), batch_size):
+            batch = [wanted[place] for place in places[start : start + batch_size]]
             filled = batch + [batch[-1]] * (batch_size - len(batch))
-            ids = zip(*(prompts[digest] for digest in filled), strict=True)
-            states = encode([np.stack(rows) for rows in ids])
+            states = encode([np.stack(rows) for rows in zip(*filled, strict=True)])
             for name in names:
-                for digest, entry in zip(batch, states[name], strict=False):
-                    store[digest, name] = entry.copy()  # no view: it would keep its batch alive
+                for ids, entry in zip(batch, states[name], strict=False):
+                    store[key(ids), name] = entry.copy()  # no view: it would keep its batch alive
             bar.update(len(batch))
             if stopped():
                 break
