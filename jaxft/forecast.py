@@ -1,6 +1,5 @@
 """What the steps of a plan will take, before anything is compiled: operations, memory and time."""
 
-import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import numpy as np
 from jaxft import assembly, costs, memory, report
 from jaxft import plan as plans
 from jaxft import step as steps
+from jaxft.costs import Costs
 from jaxft.models import encoder
 from jaxft.plan import Plan
 from jaxft.step import Objective, Weights
@@ -59,8 +59,7 @@ def of_plan(plan: Plan, remat: str) -> list[Forecast]:
         areas = [shape.size[0] * shape.size[1] for shape in dataset.shapes]
         largest = int(np.argmax(areas))
         batch = _of_a_device(assembly.one_of_each_shape(dataset)[largest], plan.mesh.size)
-        gradient = functools.partial(_gradient, run.objective)
-        flops, peak = costs.of(gradient, begun, run.frozen, batch, run.key)
+        flops, peak = costs_of_gradient(run.objective, begun, run.frozen, batch, run.key)
         temporary = run.programs.side_by_side(peak)
         found += [
             Forecast(
@@ -75,10 +74,15 @@ def of_plan(plan: Plan, remat: str) -> list[Forecast]:
     return found
 
 
-def _gradient(
+def costs_of_gradient(
     objective: Objective, trainable: Weights, frozen: Weights, batch: dict[str, Any], key: Any
-) -> Weights:
-    return jax.grad(lambda weights: steps.loss(objective, weights, frozen, batch, key))(trainable)
+) -> Costs:
+    """What the gradient of a batch takes on a device that computes all of it (arrays or shapes)."""
+
+    def gradient(trainable: Weights, *given: Any) -> Weights:
+        return jax.grad(lambda weights: steps.loss(objective, weights, *given))(trainable)
+
+    return costs.of(gradient, trainable, frozen, batch, key)
 
 
 def _of_a_device(batch: Mapping[str, Any], num_devices: int) -> dict[str, Any]:

@@ -1,19 +1,24 @@
 """jaxft's train step beside diffusers' PyTorch loop: same weights, batches, noise and AdamW.
 
     python scripts/bench.py --model narrow --latents 32 --batch 2 --steps 5
+    python scripts/bench.py --peers eager compiled channels_last
     python scripts/bench.py --mode lora      a LoRA's step beside one of full fine-tuning
     python scripts/bench.py --mode average   steps with a moving average beside steps without
+    python scripts/bench.py --mode dispatch  what the host does for a step of SDXL's 1,680 weights
 
-Both systems train in one process, turn by turn, so that a noisy machine disturbs both alike; where
+All systems train in one process, turn by turn, so that a noisy machine disturbs all alike; where
 they do the same, the losses of all steps are compared. Prints a table and a JSON line.
 """
 
 import argparse
+import functools
 import json
 import platform
+import tempfile
 import time
 from typing import Any, NamedTuple
 
+import bench_dispatch
 import diffusers
 import jax
 import jax.numpy as jnp
@@ -23,8 +28,8 @@ import torch
 import transformers
 
 import jaxft
+from jaxft import forecast, params, step
 from jaxft import mesh as meshes
-from jaxft import params, step
 from jaxft.compiled import Programs
 from jaxft.diffusion import schedule
 from jaxft.models.clip import CLIPTextModel
@@ -42,6 +47,23 @@ MODELS: dict[str, dict[str, Any]] = {
     "sd15": {"cross_attention_dim": 768},
 }
 """UNets of SD 1.5's topology; `sd15` is the true one."""
+
+
+COLUMNS = {
+    "ms": "ms/step",
+    "best_ms": "best",
+    "images_per_s": "images/s",
+    "mfu": "MFU",
+    "input_share": "input",
+    "compile_cold_s": "cold s",
+    "compile_warm_s": "warm s",
+    "memory_mib": "MiB",
+    "peak_mib": "peak",
+}
+"""Figures of a system -> heads of the table. `mfu` is the share of the rate of products of large
+matrices, measured here; `input_share` that of a step in which its batch is put on the device;
+`compile_warm_s` is with all programs in the cache on disk; `memory_mib` is what the compiled
+programs take at the most, `peak_mib` what the device says that the system has held."""
 
 
 class Batch(NamedTuple):
@@ -103,19 +125,38 @@ class Ours:
         self.frozen = jax.device_put({"text_encoder": encoder, "unet": params.cast(rest, dtype)})
         self.key, self.every, self.count = jax.random.key(0), every, 0
         self.state = self.programs.init(trainable)
+        of_gradient = (objective, trainable, self.frozen, batch.arrays, self.key)
+        self.flops = forecast.costs_of_gradient(*of_gradient).flops
+        self.compile_s = [self._compile(batch) for _ in ("cold", "warm")]
+        self.input_s: list[float] = []
+
+    def _compile(self, batch: Batch) -> float:
         started = time.perf_counter()
         self.programs.compile(self.state, self.frozen, self.key, [[batch.arrays]])
-        self.compile_s = time.perf_counter() - started
+        return time.perf_counter() - started
 
     def step(self, batch: Batch) -> float:
         """One update; returns its loss when all of it is done."""
-        placed = jax.device_put(batch.arrays, meshes.batch_sharding(self.mesh))
+        started = time.perf_counter()
+        where = meshes.batch_sharding(self.mesh)
+        placed = jax.block_until_ready(jax.device_put(batch.arrays, where))
+        self.input_s.append(time.perf_counter() - started)
         self.state, metrics = self.programs.step(self.state, self.frozen, self.key, [[placed]])
         self.count += 1
         if self.every and self.count % self.every == 0:
             self.state = self.programs.average(self.state, 0.1)
         jax.block_until_ready(self.state)
         return float(metrics.losses[0][0])
+
+    def figures(self) -> dict[str, float | None]:
+        """What is known besides times."""
+        held = meshes.most_held(self.mesh)
+        return {
+            "compile_cold_s": self.compile_s[0],
+            "compile_warm_s": self.compile_s[1],
+            "memory_mib": self.programs.memory(self.state, self.frozen) / 2**20,
+            "peak_mib": None if held is None else 1024 * held,
+        }
 
 
 def loras(weights: dict, rank: int) -> adapters.Adapters:
@@ -131,20 +172,26 @@ def loras(weights: dict, rank: int) -> adapters.Adapters:
 
 
 class Theirs:
-    """diffusers' text-to-image training loop with cached latents."""
+    """diffusers' text-to-image training loop with cached latents, in one of the forms `PEERS`.
 
-    def __init__(self, unet: dict, text: dict, weights: step.Weights, dtype: Any, device: str):
+    Its operations are as many as jaxft's, `flops`.
+    """
+
+    def __init__(
+        self, form: str, unet: dict, text: dict, weights: step.Weights, dtype: Any, flops: int
+    ):
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         config = {k: v for k, v in text.items() if k not in ("architectures", "model_type")}
         self.unet: Any = diffusers.UNet2DConditionModel.from_config(unet)
         self.text: Any = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
         bare = {k.removeprefix("text_model."): v for k, v in weights["text_encoder"].items()}
         for module, state in ((self.unet, weights["unet"]), (self.text, bare)):
             module.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in state.items()})
-            module.to(device)
+            module.to(self.device)
         self.noising: Any = diffusers.DDPMScheduler.from_config(random_model.SCHEDULER)
         self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=RATE)
-        self.dtype, self.device = dtype, device
-        self.unet.train()
+        self.dtype, self.flops = dtype, flops
+        self.unet = PEERS[form](self.unet.train())
 
     def step(self, batch: Batch) -> float:
         """One update; returns its loss."""
@@ -166,8 +213,21 @@ class Theirs:
         self.optimizer.step()
         return loss.item()
 
+    def figures(self) -> dict[str, float | None]:
+        """What is known besides times."""
+        on_gpu = self.device == "cuda"
+        return {"peak_mib": torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None}
+
     def _tensor(self, x: Any) -> torch.Tensor:
         return torch.tensor(np.asarray(x).transpose(0, 3, 1, 2).copy()).to(self.device)
+
+
+PEERS = {
+    "eager": lambda unet: unet,
+    "compiled": torch.compile,
+    "channels_last": lambda unet: unet.to(memory_format=torch.channels_last),
+}
+"""Forms of diffusers' UNet."""
 
 
 def make_batches(args: argparse.Namespace, vocab_size: int) -> list[Batch]:
@@ -188,19 +248,8 @@ def make_batches(args: argparse.Namespace, vocab_size: int) -> list[Batch]:
     return batches
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Times jaxft's train step beside diffusers'.")
-    parser.add_argument("--mode", choices=("full", "lora", "average"), default="full")
-    parser.add_argument("--rank", type=int, default=8, help="of LoRAs")
-    parser.add_argument("--every", type=int, default=10, help="steps to one of the average")
-    parser.add_argument("--model", choices=MODELS, default="narrow")
-    parser.add_argument("--latents", type=int, default=32, help="side of the latents")
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=8, help="timed steps")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before those")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    args = parser.parse_args()
-
+def train(args: argparse.Namespace) -> None:
+    """Steps of all systems in turn, and the report."""
     unet = random_model.UNET | MODELS[args.model]
     unet |= {"norm_num_groups": 32, "attention_head_dim": 8} if args.model != "tiny" else {}
     width = unet["cross_attention_dim"]
@@ -219,19 +268,20 @@ def main() -> None:
         )
     }
     batches = make_batches(args, text["vocab_size"])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     lower = args.dtype == "bf16"
-    dtype = jnp.bfloat16 if lower else jnp.float32
-    ours = Ours(unet, text, weights, batches[0], dtype)
-    systems: dict[str, Any] = {"full": ours}
+    make = functools.partial(
+        Ours, unet, text, weights, batches[0], jnp.bfloat16 if lower else jnp.float32
+    )
+    systems: dict[str, Any] = {}
     if args.mode == "lora":
-        systems = {"lora": Ours(unet, text, weights, batches[0], dtype, rank=args.rank), **systems}
+        systems["lora"] = make(rank=args.rank)
     elif args.mode == "average":
-        averaged = Ours(unet, text, weights, batches[0], dtype, every=args.every)
-        systems = {"average": averaged, **systems}
-    else:
-        theirs = Theirs(unet, text, weights, torch.bfloat16 if lower else torch.float32, device)
-        systems = {"jaxft": ours, "diffusers": theirs}
+        systems["average"] = make(every=args.every)
+    ours = systems["jaxft"] = make()
+    if args.mode == "full":
+        dtype = torch.bfloat16 if lower else torch.float32
+        for form in args.peers:
+            systems[f"diffusers {form}"] = Theirs(form, unet, text, weights, dtype, ours.flops)
 
     times: dict[str, list[float]] = {name: [] for name in systems}
     losses: dict[str, list[float]] = {name: [] for name in systems}
@@ -244,36 +294,80 @@ def main() -> None:
 
 
 def report(args: argparse.Namespace, times: dict, losses: dict, systems: dict[str, Any]) -> None:
-    """The table and the JSON line; ratios are of the first system over the second."""
-    (first, ours), (second, _) = systems.items()
+    """The table and the JSON line; ratios are of the first system over each other one."""
+    first, *others = systems
+    rate = forecast.rate("bfloat16" if args.dtype == "bf16" else "float32")
     timed = {name: np.array(values[args.warmup :]) for name, values in times.items()}
-    median = {name: float(np.median(values)) for name, values in timed.items()}
-    mean = {name: float(np.mean(values)) for name, values in timed.items()}
-    apart = np.abs(np.array(losses[first]) / np.array(losses[second]) - 1).max()
-    same = {} if args.mode == "lora" else {"largest_loss_difference": float(f"{apart:.2g}")}
-    print(f"{'':12}{'ms/step':>10}{'best':>10}{'images/s':>10}")
-    for name, seconds in median.items():
-        best = 1e3 * timed[name].min()
-        print(f"{name:12}{1e3 * seconds:10.1f}{best:10.1f}{args.batch / seconds:10.2f}")
+    rows = {}
+    for name, system in systems.items():
+        median = float(np.median(timed[name]))
+        rows[name] = system.figures() | {
+            "ms": 1e3 * median,
+            "best_ms": 1e3 * timed[name].min(),
+            "images_per_s": args.batch / median,
+            "mfu": system.flops / median / rate,
+        }
+        if isinstance(system, Ours):
+            rows[name]["input_share"] = np.median(system.input_s[args.warmup :]) / median
+    print(f"{'':26}" + "".join(f"{head:>10}" for head in COLUMNS.values()))
+    for name, row in rows.items():
+        cells = (row.get(column) for column in COLUMNS)
+        told = ("-" if cell is None else f"{cell:.4g}" for cell in cells)
+        print(f"{name:26}" + "".join(f"{cell:>10}" for cell in told))
+    ratios = {
+        f"ratio{of}": {other: round(how(timed[first]) / how(timed[other]), 3) for other in others}
+        for of, how in (("", np.median), ("_of_best", np.min), ("_of_means", np.mean))
+    }
+    apart = [np.abs(np.array(losses[first]) / np.array(losses[o]) - 1).max() for o in others]
+    same = {} if args.mode == "lora" else {"largest_loss_difference": float(f"{max(apart):.2g}")}
     result = {
         **vars(args),
-        "ratio": round(median[first] / median[second], 3),
-        "ratio_of_best": round(timed[first].min() / timed[second].min(), 3),
-        "ratio_of_means": round(mean[first] / mean[second], 3),
-        "images_per_s": round(args.batch / median[first], 3),
-        "compile_s": round(ours.compile_s, 1),
-        "memory_mib": round(ours.programs.memory(ours.state, ours.frozen) / 2**20),
+        **ratios,
         **same,
-        "device": jax.devices()[0].device_kind,
-        "machine": platform.machine(),
-        "versions": {
-            "jaxft": jaxft.__version__,
-            "jax": jax.__version__,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
+        "tflop": round(systems[first].flops / 1e12, 4),
+        "tflop_per_s_of_products": round(rate / 1e12, 4),
+        "systems": {
+            name: {key: None if cell is None else float(f"{cell:.4g}") for key, cell in row.items()}
+            for name, row in rows.items()
         },
+        **machine(),
     }
     print(json.dumps(result))
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what it was measured."""
+    libraries = (jaxft, jax, torch, diffusers)
+    return {
+        "device": jax.devices()[0].device_kind,
+        "machine": platform.machine(),
+        "versions": {library.__name__: library.__version__ for library in libraries},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Times jaxft's train step beside diffusers'.")
+    modes = ("full", "lora", "average", "dispatch")
+    parser.add_argument("--mode", choices=modes, default="full")
+    parser.add_argument("--peers", choices=PEERS, nargs="+", default=["eager"], help="of full")
+    parser.add_argument("--rank", type=int, default=8, help="of LoRAs")
+    parser.add_argument("--every", type=int, default=10, help="steps to one of the average")
+    parser.add_argument("--accumulation", type=int, default=1, help="batches a step, of dispatch")
+    parser.add_argument("--model", choices=MODELS, default="narrow")
+    parser.add_argument("--latents", type=int, default=32, help="side of the latents")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=8, help="timed steps")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before those")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:  # compiled programs, none of them there before
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        if args.mode == "dispatch":
+            found = bench_dispatch.measure(args.steps, args.warmup, args.accumulation)
+            print(json.dumps({**vars(args), **found, **machine()}))
+        else:
+            train(args)
 
 
 if __name__ == "__main__":
