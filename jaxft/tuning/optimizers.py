@@ -18,6 +18,9 @@ SMALL = 2**13
 
 PACKED = "small tensors"
 
+WHOLE = 512
+"""Scalars of which what is packed has a multiple, so that devices can share it."""
+
 
 def adamw(
     learning_rate: float | Rate,
@@ -127,7 +130,10 @@ def packed(elementwise: optax.GradientTransformation) -> optax.GradientTransform
         }
         large = {name: leaf for name, leaf in leaves.items() if leaf.size > SMALL}
         small = [leaf.ravel() for leaf in leaves.values() if leaf.size <= SMALL]
-        return large | ({PACKED: jnp.concatenate(small)} if small else {})
+        if not small:
+            return large
+        vector = jnp.concatenate(small)
+        return large | {PACKED: jnp.pad(vector, (0, -vector.size % WHOLE))}
 
     def unpack(tree: Any, like: Any) -> Any:
         start = 0
