@@ -313,7 +313,7 @@ def _line(numbers: Mapping[str, Any]) -> str:
     return (
         f"epoch {numbers['epoch']} loss {numbers['total']:.4f} ({losses}) lr ({rates}) "
         f"grad_norm {numbers['grad_norm']:.3g} {numbers['images_per_s']:.2f} images/s"
-        + (f" input {numbers['input_share']:.0%}" if numbers["input_share"] > 0.1 else "")
+        + (f" input {numbers['input_share']:.0%}" if numbers["input_share"] > 0.01 else "")
         + (f" memory {numbers['memory_gib']:.2f} GiB" if "memory_gib" in numbers else "")
     )
 

@@ -21,6 +21,7 @@ from jaxft import (
     optimization,
     params,
     previews,
+    profiling,
     report,
     selection,
     warm_start,
@@ -118,6 +119,7 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
     datasets.check_latent_caches(config, sets)
     datasets.check_text_caches(config, selected.labels, [*sets, *held_out])
     total_steps = _total_steps(train, sets[0].num_batches)
+    profiling.check(train.profile, total_steps)
     preview = previews.read(config, model, vocabulary)
     steered = optimization.from_config(config, selected, model, total_steps)
     return Plan(
@@ -259,6 +261,7 @@ def describe(plan: Plan) -> str:
         ("loss", _loss_lines(config.train)),
         ("preview", previews.told(plan.preview)),
         ("average", averaging.told(plan.average)),
+        ("profile", profiling.told(train.profile)),
         ("notice", plan.notices),
     ]
     return "\n".join(

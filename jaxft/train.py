@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import jax
 
-from jaxft import assembly, caches, cli, compile_cache, forecast, hosts, memory, params
+from jaxft import assembly, caches, cli, compile_cache, forecast, hosts, memory, params, profiling
 from jaxft import config as configs
 from jaxft import mesh as meshes
 from jaxft import plan as plans
@@ -33,6 +33,7 @@ from jaxft.lock import lock
 from jaxft.log import RunLog
 from jaxft.painter import Painter
 from jaxft.plan import Plan
+from jaxft.profiling import Trace
 from jaxft.records import Numbers, Parts, export, lasting, log_steps, parts_of, words_of
 from jaxft.signals import Stop
 from jaxft.step import TrainState, result
@@ -48,6 +49,7 @@ UNSAVED = {
     "tblog",
     "preview",
     "validation",
+    profiling.FOLDER,
     "wandb",
     "state",
 }
@@ -260,9 +262,11 @@ def _loop(
         closing(checkpoints),
         closing(_parts(plan, folder)) as parts,
         closing(_feed(plan, start)) as feed,
+        closing(Trace(plan.config.train.profile, folder, log.message)) as trace,
         hosts.guarded(log.message if hosts.is_first() else None),
     ):
         for step in range(start + 1, plan.total_steps + 1):
+            trace.before(step, state)
             with log.waiting():
                 batches = next(feed)
             state, metrics = run.programs.step(state, run.frozen, run.key, batches)

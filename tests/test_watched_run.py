@@ -1,5 +1,6 @@
 """Losses of held-out images and previews: PyTorch's, the sampler's, and no part of the run."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ def recipe(nano_model, tmp_path_factory) -> Path:
             "log_step": 1,
             "scheduler": {"name": "constant", "num_warmup_steps": 0},
             "validation": {"every": 2, "timesteps": 4},
+            "profile": [2, STEPS],
         },
         "model": {
             "pretrained_model_name_or_path": str(nano_model),
@@ -108,13 +110,28 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 def test_a_run_is_the_same_bit_for_bit_when_nobody_watches(recipe, watched, tmp_path):
     folder = tmp_path / "alone"
-    overrides = ["data.seen=---", "previewer=null"]
+    overrides = ["data.seen=---", "previewer=null", "train.profile=null"]
     assert train.main(["--config", str(recipe), f"exp_dir={folder}", *overrides]) == 0
     assert [line for line in records(watched) if "total" in line] == records(folder)
     for name in ("unet", WORD):  # of the UNet the average too
         file = f"ckpts/{name}-{STEPS}.safetensors"
         assert (watched / file).read_bytes() == (folder / file).read_bytes()
     assert not (folder / "preview").exists()
+
+
+def test_updates_are_traced_for_tensorboard_and_perfetto(watched):
+    assert f"profile   updates 2 to {STEPS}, into profile/" in (watched / "plan.txt").read_text()
+    (folder,) = (watched / "profile/plugins/profile").iterdir()  # as TensorBoard looks for it
+    assert [*folder.glob("*.xplane.pb")]
+    (file,) = folder.glob("*perfetto_trace.json.gz")
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    assert any("update" in event.get("name", "") for event in events)
+
+
+@pytest.mark.parametrize("updates", [[2], [0, 1], [3, 2], [1, STEPS + 1]])
+def test_updates_that_a_run_does_not_have_are_not_traced(recipe, updates):
+    with pytest.raises(UserError, match=r"train\.profile: .*(has 3, such as|a list of count)"):
+        plan.prepare(*configs.load(str(recipe), [f"train.profile={updates}"]))
 
 
 def test_losses_are_logged_with_curve_and_picture(watched):
