@@ -15,7 +15,9 @@ from jaxft.data.loader import Dataset
 from jaxft.models.controlnet import ControlNetModel
 from jaxft.params import abstract
 from jaxft.plan import Plan
-from jaxft.step import Objective, TrainState, Weights
+from jaxft.prediction import TEACHER, Objective, Weights
+from jaxft.shapes import NEGATIVE
+from jaxft.step import TrainState
 from jaxft.tuning import adapters
 from jaxft.tuning.adapters import Adapters
 
@@ -94,9 +96,7 @@ def _run(plan: Plan, remat: str, begun: Weights, place: Callable[[Any, Any], Any
         averages=plan.average is not None,
     )
     if any(dataset.teacher for dataset in datasets):
-        for part, weights in begun.items():
-            name = f"teacher_{part.removeprefix('lora_')}"
-            frozen[name] = frozen.get(name, {}) | place(weights, dtype)
+        frozen |= {f"{TEACHER}{part}": place(weights, dtype) for part, weights in begun.items()}
     key = jax.jit(jax.random.key, out_shardings=meshes.replicated(plan.mesh))(config.seed)
     resting = {n: adapters.at_rest(own) for n, own in plan.selection.adapters.items()}
     return Run(plan, _objective(plan, used, remat, resting), programs, frozen, key)
@@ -111,12 +111,14 @@ def _objective(
     classes = {**family.networks, controls.PART: ControlNetModel}
 
     def build(name: str) -> Any:
-        network = classes[name](parts[name].config, **options.get(name, {}))
+        own = name.removeprefix(NEGATIVE)
+        network = classes[own](parts[own].config, **options.get(own, {}))
         return adapters.attach(network, loras.get(name, {}))
 
+    names = [*used, *(name for name in loras if name.startswith(NEGATIVE))]
     clip_skip, final_norm = family.text_layer(config.model.clip_skip, config.model.clip_final_norm)
     return Objective(
-        networks={name: abstract(lambda n=name: build(n))[0] for name in used},
+        networks={name: abstract(lambda n=name: build(n))[0] for name in names},
         schedule=plan.noising,
         scaling_factor=parts["vae"].config.get("scaling_factor", 0.18215),
         dtype=jnp.dtype(plans.COMPUTE[config.mixed_precision]),

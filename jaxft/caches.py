@@ -23,8 +23,8 @@ from jaxft.models import clip, vae
 from jaxft.models.vae import AutoencoderKL
 from jaxft.params import abstract
 from jaxft.plan import Plan
+from jaxft.prediction import Weights
 from jaxft.shapes import TEXT_STATES
-from jaxft.step import Weights
 
 PROMPTS_AT_ONCE = 8
 """On a device."""

@@ -23,7 +23,8 @@ from jaxft.diffusion import importance
 from jaxft.diffusion.importance import Found
 from jaxft.diffusion.losses import by_range
 from jaxft.hosts import progress
-from jaxft.step import Judged, Objective, TrainState, Weights
+from jaxft.prediction import Objective, Weights
+from jaxft.step import Judged, TrainState
 from jaxft.tuning import ema, groups
 from jaxft.tuning.groups import Labels
 

@@ -18,7 +18,7 @@ from ml_collections import FrozenConfigDict
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from jaxft import arithmetic, cli, foreign
+from jaxft import arithmetic, cli, foreign, spellings
 from jaxft import schema as schemas
 from jaxft.errors import UserError
 from jaxft.origins import Layer, message
@@ -310,7 +310,7 @@ def _settle(
             node = node[key]
         del node[last]
     foreign.take_out(tree, notices, problems)
-    foreign.unwrap(tree)
+    spellings.unwrap(tree)
     tree = schemas.name_items(tree, reference.tree)
     tree = schemas.fill(reference, tree, lambda _: False, unknown)
     problems += [foreign.unknown(key, reference) for key in unknown]

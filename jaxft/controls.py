@@ -1,4 +1,5 @@
-"""The ControlNet that a run trains: a copy of the UNet's way down, or one of an earlier run."""
+"""The ControlNet that a run trains, a copy of the UNet's way down or one of an earlier run; or that
+images are sampled with."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,45 +31,54 @@ def add(config: Config, model: Model) -> Model:
     are none.
 
     Raises:
-        UserError: `model.controlnet` is no ControlNet of this model, or has no effect; or previews
-            are asked for, which are of text alone.
+        UserError: `model.controlnet` is no ControlNet of this model, or has no effect.
     """
     place = config.model.controlnet
     if not config.controlnet:
         if place is not None:
             raise UserError(f"model.controlnet: {place}: has no effect: no group trains it")
         return model
-    if config.previewer is not None and config.previewer.infer_cfg is not None:
-        raise UserError(
-            "previewer.infer_cfg: previews are made from text alone, without the ControlNet that "
-            "is trained; leave it out"
-        )
     if diffusers_folder.is_inpainting(model):
         raise UserError(
             f"controlnet: {model.folder} is an inpainting model; ControlNets are trained with the "
             "text-to-image model that it comes from"
         )
-    unet = model.parts["unet"]
-    own = controlnet.from_unet(unet, config.seed)
     if place is not None:
-        own = _read(Path(place).expanduser(), own)
-        _check_fits(place, own, unet)
+        return read(place, model, "model.controlnet", config.seed)
+    return model.replace(**{PART: controlnet.from_unet(model.parts["unet"], config.seed)})
+
+
+def read(place: str, model: Model, key: str, seed: int | None = None) -> Model:
+    """The model with a ControlNet of a folder, of a single file, or of a part file.
+
+    Args:
+        place: folder or file.
+        model: that it is to be beside.
+        key: that names it, for errors.
+        seed: of weights that a part file lacks; None: it must have all.
+
+    Raises:
+        UserError: it is unreadable, or of another model.
+    """
+    path, unet = Path(place).expanduser(), model.parts["unet"]
+    try:
+        if path.is_dir():
+            own = controlnet.read_folder(path)
+        else:
+            stored = tensor_file.read(path)
+            is_part = any(name.startswith("base:") for name in stored)
+            own = _of_part(path, unet, seed) if is_part else controlnet.from_file(path, stored)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+    _check_fits(f"{key}: {place}", own, unet)
     return model.replace(**{PART: own})
 
 
-def _read(path: Path, fresh: Component) -> Component:
-    """A ControlNet of a folder, of a single file, or of a part file with weights for `fresh`."""
-    try:
-        if path.is_dir():
-            return controlnet.read_folder(path)
-        stored = tensor_file.read(path)
-        if not any(key.startswith("base:") for key in stored):
-            return controlnet.from_file(path, stored)
-        part = hcp.read_part(path)
-        params.check(part, {name: fresh.params.get(name) for name in part}, str(path))
-        return fresh._replace(params={**fresh.params, **part})
-    except UserError as error:
-        raise UserError(f"model.controlnet: {error}") from None
+def _of_part(path: Path, unet: Component, seed: int | None) -> Component:
+    own, part = controlnet.from_unet(unet, seed or 0), hcp.read_part(path)
+    needed = own.params if seed is None else part
+    params.check(part, {name: own.params.get(name) for name in needed}, str(path))
+    return own._replace(params={**own.params, **part})
 
 
 def _check_fits(place: str, own: Component, unet: Component) -> None:
@@ -80,8 +90,7 @@ def _check_fits(place: str, own: Component, unet: Component) -> None:
         ours, theirs = option(own, key), option(unet, key)
         if ours != theirs:
             raise UserError(
-                f"model.controlnet: {place} is of another model: its {key} is {ours}, the UNet's "
-                f"{theirs}"
+                f"{place} is of another model: its {key} is {ours}, the UNet's {theirs}"
             )
 
 

@@ -14,7 +14,7 @@ from jaxft import step as steps
 from jaxft.costs import Costs
 from jaxft.models import encoder
 from jaxft.plan import Plan
-from jaxft.step import Objective, Weights
+from jaxft.prediction import Objective, Weights
 
 SHARE = 0.4
 """Of the rate of products of large matrices, what training reaches."""

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from jaxft import foreign
 from jaxft import schema as schemas
+from jaxft import spellings
 from jaxft.schema import Schema
 
 _MISSING = object()
@@ -18,10 +18,10 @@ _TRANSFORMS = "data.*.source.*.text_transforms"
 _SPELLINGS = [
     (_TRANSFORMS, "data.*.source.*.tag_transforms.transforms"),
     (_TRANSFORMS, f"{_TRANSFORMS}.transforms"),
-    *((f"{older.rpartition('.')[0]}.{newer}", older) for older, newer in foreign.OLDER.items()),
-    *(("model.ema", older) for older in foreign.AVERAGES),
-    ("train.warm_start", ".".join(foreign.RESUME)),
-    ("controlnet", ".".join(foreign.PLUGINS)),
+    *((f"{older.rpartition('.')[0]}.{newer}", older) for older, newer in spellings.OLDER.items()),
+    *(("model.ema", older) for older in spellings.AVERAGES),
+    ("train.warm_start", ".".join(spellings.RESUME)),
+    ("controlnet", ".".join(spellings.PLUGINS)),
 ]
 """Pattern of a key, and of one that may say the same in HCP-Diffusion's files."""
 

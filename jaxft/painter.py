@@ -12,7 +12,9 @@ from jaxft.assembly import Run
 from jaxft.diffusion import conditioning
 from jaxft.formats import embeddings
 from jaxft.log import RunLog
-from jaxft.step import TrainState, Weights, result, weights_of
+from jaxft.prediction import Weights, weights_of
+from jaxft.shapes import NEGATIVE
+from jaxft.step import TrainState, result
 
 WHICH = {"trained": ("trained",), "average": ("average",), "both": ("trained", "average")}
 ENDINGS = {"trained": "", "average": "-ema"}
@@ -57,14 +59,13 @@ class Painter:
         preview = self._preview
         assert preview is not None, "is asked for where there is something to paint"
         plan, frozen, parts = self._run.plan, self._run.frozen, preview.model.parts
-        networks, weights = dict(self._run.objective.networks), {}
+        networks = dict(self._run.objective.networks)
+        weights = {name: weights_of(name, trainable, frozen) for name in networks}
         for name, network in preview.model.family.networks.items():
             if name == "vae" or name not in networks:  # also where previews have another one
                 config = parts[name].config
                 networks[name] = params.abstract(lambda n=network, c=config: n(c))[0]
                 weights[name] = assembly.put(plan, dict(parts[name].params))
-            else:
-                weights[name] = weights_of(name, trainable, frozen)
         rows: dict[str, Any] = {**plan.words.frozen, **trainable.get(words.PART, {})}
         said = conditioning.stack(rows)
         if said is not None:
@@ -83,5 +84,6 @@ class Painter:
         """Puts the rows of words behind the tables of the text encoders, in place."""
         family = self._run.plan.model.family
         ends = np.cumsum(embeddings.widths(self._run.plan.model.configs))[:-1]
-        for name, own in zip(family.text_encoders, jnp.split(rows, ends, axis=1), strict=True):
-            weights[name] = conditioning.add_rows(weights[name], own)
+        for encoder, own in zip(family.text_encoders, jnp.split(rows, ends, axis=1), strict=True):
+            for name in {encoder, f"{NEGATIVE}{encoder}"} & weights.keys():
+                weights[name] = conditioning.add_rows(weights[name], own)

@@ -116,6 +116,7 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
     controls.check_data(model, [*sets, *held_out])
     datasets.check_holes(model, [*sets, *held_out])
     datasets.check_loss(judged, [*sets, *held_out])
+    selection.check_guided(selected, judged.guidance is not None)
     datasets.check_latent_caches(config, sets)
     datasets.check_text_caches(config, selected.labels, [*sets, *held_out])
     total_steps = _total_steps(train, sets[0].num_batches)
@@ -179,14 +180,14 @@ def _ending_in_noise(model: diffusers_folder.Model) -> diffusers_folder.Model:
 
 
 def _not_written(config: Config, selected: Selection) -> list[str]:
-    """A notice of exports that a run which trains words alone has none of."""
-    if selected.labels.keys() != {words.PART}:
+    """A notice of exports that there are none of."""
+    reason = "words alone are trained, the model stays as it was"
+    if selection.has_branches(selected):
+        reason = "a model has one set of weights, LoRAs with branches make two of them"
+    elif selected.labels.keys() != {words.PART}:
         return []
     wanted = [name for name in ("webui", "diffusers") if (config.export or {}).get(name)]
-    return [
-        f"export.{name}: not written: words alone are trained, the model stays as it was"
-        for name in wanted
-    ]
+    return [f"export.{name}: not written: {reason}" for name in wanted]
 
 
 def _alike(judged: Loss, batches: int, sets: Sequence[Dataset]) -> list[str]:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxft import config as configs
-from jaxft import sample, sampling, words
+from jaxft import pictures, sample, sampling, words
 from jaxft.config import Config
 from jaxft.errors import UserError
 from jaxft.formats.diffusers_folder import Model
@@ -71,6 +71,8 @@ def _check(infer: Config) -> None:
         raise UserError("merge: nothing is merged into weights that are trained; leave it out")
     if infer.emb_dir:
         raise UserError("emb_dir: prompts may say the words of tokenizer_pt; leave it out")
+    if infer.controlnet:
+        raise UserError("controlnet: it is the one that is trained, if there is one; leave it out")
 
 
 def _requests(infer: Config, prompt_file: str | None, seed: int) -> list[Request]:
@@ -85,11 +87,14 @@ def _requests(infer: Config, prompt_file: str | None, seed: int) -> list[Request
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"previewer.prompt_file: {prompt_file}: there are no prompts in it")
-    if not isinstance(first, int) or not isinstance(infer.neg_prompt, str):
+    files = pictures.keys(infer)
+    one = [infer.neg_prompt, *(file for file in files.values() if file)]
+    if not isinstance(first, int) or not all(isinstance(value, str) for value in one):
         raise UserError(
-            "previewer.prompt_file: give one seed and one neg_prompt in infer_cfg, not lists"
+            "previewer.prompt_file: give one seed, one neg_prompt and one picture of a kind in "
+            "infer_cfg, not lists"
         )
-    return [Request(text, infer.neg_prompt, first + n) for n, text in enumerate(prompts)]
+    return [Request(text, infer.neg_prompt, first + n, files) for n, text in enumerate(prompts)]
 
 
 def told(preview: Preview | None) -> list[str]:

@@ -19,7 +19,9 @@ from jaxft.errors import UserError
 from jaxft.formats import controlnet, diffusers_folder, embeddings, hcp, lora, modelspec, webui
 from jaxft.formats.diffusers_folder import Component, Model
 from jaxft.log import RunLog
+from jaxft.low_rank import Lora
 from jaxft.plan import Plan
+from jaxft.shapes import NEGATIVE
 
 Trained = Mapping[str, Mapping[str, Any]]
 """What was trained, on the host: network -> weights, `lora_<network>` -> factors."""
@@ -190,11 +192,16 @@ def export(plan: Plan, trained: Trained, average: Trained, folder: Path) -> Iter
 def _export(plan: Plan, trained: Trained, target: Path) -> Iterator[Path]:
     formats = plan.config.export
     factors = selection.lora(plan.selection, trained)
-    if factors and formats.get("lora"):
-        file = target.with_name(f"{target.name}-lora.safetensors")
-        configs, texts = plan.model.configs, described(plan)
-        lora.write_kohya(file, factors, configs, formats["lora"], texts)
+    sides: dict[str, Lora] = {}
+    for network, layers in factors.items():
+        base = network.removeprefix(NEGATIVE)
+        sides.setdefault("" if base == network else "-neg", {})[base] = layers
+    for ending, own in sides.items() if formats.get("lora") else ():
+        file = target.with_name(f"{target.name}-lora{ending}.safetensors")
+        lora.write_kohya(file, own, plan.model.configs, formats["lora"], described(plan))
         yield file
+    if selection.has_branches(plan.selection):
+        return  # no model has weights for negative prompts alone
     model = merged(plan, trained)
     if own := model.parts.pop(controls.PART, None):
         yield from _export_controlnet(plan, own, target.with_name(f"{target.name}-controlnet"))

@@ -1,6 +1,7 @@
 """`python -m jaxft.sample`: images from text, or the merged model as a folder."""
 
 import argparse
+import functools
 import itertools
 import json
 import random
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxft import __version__, compat, compile_cache, gallery, merging, params
+from jaxft import __version__, compat, compile_cache, controls, gallery, merging, params, pictures
 from jaxft import config as configuration
 from jaxft import mesh as meshes
 from jaxft.cli import run
@@ -23,7 +24,9 @@ from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder, embeddings, single_file
 from jaxft.formats.diffusers_folder import Model
 from jaxft.merging import MERGED, Addition
+from jaxft.models.controlnet import ControlNetModel
 from jaxft.sampling import Request, generate_images, make_table, prepare
+from jaxft.shapes import NEGATIVE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,6 +62,13 @@ def save_model(config: Config) -> None:
         )
     diffusers_folder.check_replaceable(folder)
     model = load_model(config)
+    if config.controlnet:
+        raise UserError("controlnet: is no part of a model that is saved; leave it out")
+    if any(name.startswith(NEGATIVE) for name in model.parts):
+        raise UserError(
+            "save_model.path: a model has one set of weights, and LoRAs with a branch make two of "
+            "them; leave branch out"
+        )
     if config.new_components.scheduler:
         make_table(model, 1, config.new_components.scheduler)
     diffusers_folder.write(folder, model, config.save_model.dtype)
@@ -101,8 +111,9 @@ def make_requests(config: Config, seed: Any = None) -> list[Request]:
         print(f"seed={seed}")
     seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
     columns: dict[str, list[Any]] = {"seed": seeds}
-    for key in ("prompt", "neg_prompt"):
-        columns[key] = [config[key]] * count if isinstance(config[key], str) else list(config[key])
+    texts = {key: config[key] for key in ("prompt", "neg_prompt")}
+    for key, value in {**texts, **pictures.keys(config)}.items():
+        columns[key] = [value] * count if value is None or isinstance(value, str) else list(value)
     for key, column in columns.items():
         if len(column) != count:
             raise UserError(
@@ -111,8 +122,8 @@ def make_requests(config: Config, seed: Any = None) -> list[Request]:
             )
     if not all(0 <= seed < 2**32 for seed in seeds):
         raise UserError(f"seed: must lie between 0 and {2**32 - 1}")
-    rows = zip(columns["prompt"], columns["neg_prompt"], seeds, strict=True)
-    return [Request(*row) for row in rows]
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return [Request(row.pop("prompt"), row.pop("neg_prompt"), row.pop("seed"), row) for row in rows]
 
 
 def paint(
@@ -131,12 +142,15 @@ def paint(
     work = prepare(requests, model, config, tokenizers, mesh.size)
     held = {name: part.params for name, part in model.parts.items()}
     if not config.amp:
-        dtype, encoders = params.DTYPES[config.dtype], model.family.text_encoders
-        held |= {name: params.cast(held[name], dtype) for name in ("unet", *encoders)}
-    networks = {
-        name: params.abstract(lambda n=network, c=model.parts[name].config: n(c))[0]
-        for name, network in model.family.networks.items()
-    }
+        dtype = params.DTYPES[config.dtype]
+        held = {n: own if n == "vae" else params.cast(own, dtype) for n, own in held.items()}
+
+    def structure(name: str) -> Any:
+        classes = {**model.family.networks, controls.PART: ControlNetModel}
+        network = classes[name.removeprefix(NEGATIVE)]
+        return params.abstract(lambda: network(model.parts[name].config))[0]
+
+    networks = {name: structure(name) for name in held}
     weights = jax.device_put(held, meshes.replicated(mesh))
     images = generate_images(work, model, networks, weights, config, mesh)
     images = itertools.islice(images, len(requests))  # others fill up the last batch
@@ -155,13 +169,29 @@ def load_model(config: Config) -> Model:
         config.pretrained_model, revision=config.revision, variant=config.variant
     )
     print("\n".join(told), end="\n" if told else "")
+    whole = _merged(model, config, "p")
+    for group in _groups(config):
+        if any(item.branch for item in group.lora.values()):
+            other = _merged(model, config, "n").parts
+            own = {f"{NEGATIVE}{n}": other[n] for n in MERGED[group.type] if n in other}
+            whole = whole.replace(**own)
+    if config.controlnet:
+        whole = controls.read(config.controlnet, whole, "controlnet")
+    return replace_components(whole, config.new_components)
+
+
+def _merged(model: Model, config: Config, branch: str) -> Model:
+    """The model with what `merge` puts into the networks that answer prompts (`p`), or negative
+    prompts (`n`)."""
     average = config.merge.load_ema
     for group in _groups(config):
         networks = MERGED[group.type]
-        parts, loras = (
-            [Addition(item.path, item.alpha, item.layers) for item in items.values()]
-            for items in (group.part, group.lora)
-        )
+        parts = [Addition(item.path, item.alpha, item.layers) for item in group.part.values()]
+        loras = [
+            Addition(item.path, item.alpha, item.layers)
+            for item in group.lora.values()
+            if item.branch in (None, branch)
+        ]
         model = merging.merge_parts(
             model,
             parts,
@@ -170,7 +200,7 @@ def load_model(config: Config) -> Model:
             average=average,
         )
         model = merging.merge_loras(model, loras, networks=networks, average=average)
-    return replace_components(model, config.new_components)
+    return model
 
 
 def _groups(config: Config) -> list[Config]:
@@ -236,10 +266,11 @@ def add_words(model: Model, tokenizers: Sequence[WeightedTokenizer], folder: Pat
     counts = {word: len(rows) for word, rows in words.items()}
     columns = embeddings.split(np.concatenate([*words.values()]), widths)
     for part, tokenizer, rows in zip(model.tokenizers, tokenizers, columns, strict=True):
-        component = model.parts[part]
-        tokenizer.add_words(counts, first=len(component.params[conditioning.TOKEN_TABLE]))
-        weights = conditioning.add_rows(component.params, rows)
-        model = model.replace(**{part: component._replace(params=weights)})
+        tokenizer.add_words(counts, first=len(model.parts[part].params[conditioning.TOKEN_TABLE]))
+        for name in {part, f"{NEGATIVE}{part}"} & model.parts.keys():
+            component = model.parts[name]
+            weights = conditioning.add_rows(component.params, rows)
+            model = model.replace(**{name: component._replace(params=weights)})
     print(f"words of {folder}: {', '.join(counts)}")
     return model
 
@@ -256,6 +287,10 @@ def write(
     tree = config.to_dict()
     tree |= {"prompt": request.prompt, "neg_prompt": request.negative_prompt}
     tree |= {"seed": request.seed, "num": 1, "bs": 1}
+    for key, file in request.files.items():
+        if file is not None:
+            *parents, last = key.split(".")
+            functools.reduce(dict.__getitem__, parents, tree)[last] = file
     settings = {
         "Steps": config.infer_args.num_inference_steps,
         "Sampler": scheduler_config.display_name(model.scheduler),

@@ -7,18 +7,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxft import controls, params, pictures
 from jaxft import mesh as meshes
-from jaxft import params
 from jaxft.config import Config
 from jaxft.data.prompt_weights import WeightedText, WeightedTokenizer, parse
 from jaxft.diffusion import generate, scheduler_config
-from jaxft.diffusion.generate import Networks, Prompts
+from jaxft.diffusion.generate import Networks, Prompts, Seen, Side
 from jaxft.diffusion.samplers import Table
 from jaxft.errors import UserError
-from jaxft.formats import diffusers_folder
 from jaxft.formats.diffusers_folder import Model
 from jaxft.models import vae
-from jaxft.shapes import Latents
+from jaxft.shapes import NEGATIVE, Latents
 
 
 class Request(NamedTuple):
@@ -27,14 +26,16 @@ class Request(NamedTuple):
     prompt: str
     negative_prompt: str
     seed: int
+    files: Mapping[str, str | None] = {}
+    """The pictures that it is made by, as `pictures.keys`."""
 
 
 class Work(NamedTuple):
     """What is to be sampled, as numbers."""
 
     table: Table
-    batches: list[tuple[Prompts, Prompts, Latents]]
-    """Prompts, negative prompts and noise of some images at a time."""
+    batches: list[tuple[Prompts, Prompts, Latents, Seen]]
+    """Prompts, negative prompts, noise and pictures of some images at a time."""
 
 
 def prepare(
@@ -49,15 +50,19 @@ def prepare(
     The last request is repeated as often as fills up the last batch of several devices.
 
     Raises:
-        UserError: a prompt, the sampler or the size is not usable.
+        UserError: a prompt, the sampler, the size or a picture is not usable.
     """
+    pictures.check(config, model)
     texts = [(parse(r.prompt), parse(r.negative_prompt)) for r in requests]
     steps = config.infer_args.num_inference_steps
     table = make_table(model, steps, config.new_components.scheduler)
-    noise = make_noise(config, model, [request.seed for request in requests])
+    seeds, size = [request.seed for request in requests], config.infer_args
+    noise = make_noise(config, model, seeds)
+    files = [request.files for request in requests]
+    seen = pictures.read(files, (size.width, size.height), seeds, noise)
     _warn_of_cut(tokenizers[0], texts, config.N_repeats)
     each = min(config.bs, -(-len(texts) // num_devices))  # images of a device
-    batches = make_batches(texts, noise, config, tokenizers, each * num_devices)
+    batches = make_batches(texts, noise, seen, config, tokenizers, each * num_devices)
     return Work(table, list(batches))
 
 
@@ -78,8 +83,7 @@ def make_noise(config: Config, model: Model, seeds: Sequence[int]) -> Latents:
     for key, size in (("width", width), ("height", height)):
         if size < scale or size % scale:
             raise UserError(f"infer_args.{key} must be a multiple of {scale}, not {size}")
-    channels = model.parts["unet"].config.get("in_channels", 4)
-    diffusers_folder.check_text_to_image(model)
+    channels = model.parts["vae"].config.get("latent_channels", 4)
     if not config.infer_args.latents:
         return generate.initial_noise(seeds, height // scale, width // scale, channels)
     path, shape = config.infer_args.latents, (len(seeds), channels, height // scale, width // scale)
@@ -104,11 +108,13 @@ def _warn_of_cut(
 def make_batches(
     texts: Sequence[tuple[WeightedText, WeightedText]],
     noise: Latents,
+    seen: Seen,
     config: Config,
     tokenizers: Sequence[WeightedTokenizer],
     size: int,
-) -> Iterator[tuple[Prompts, Prompts, Latents]]:
-    """Arguments of the program, `size` images at a time: prompts, negative prompts, noise."""
+) -> Iterator[tuple[Prompts, Prompts, Latents, Seen]]:
+    """Arguments of the program, `size` images at a time: prompts, negative prompts, noise and
+    pictures."""
     is_weighted = any(weight != 1 for pair in texts for side in pair for weight in side.weights)
 
     def encode(side: Sequence[WeightedText]) -> Prompts:
@@ -123,7 +129,8 @@ def make_batches(
     for start in range(0, len(texts), size):
         rows = np.minimum(np.arange(start, start + size), len(texts) - 1)
         positive, negative = zip(*(texts[row] for row in rows), strict=True)
-        yield encode(positive), encode(negative), noise[rows]
+        own = jax.tree.map(lambda of_all, rows=rows: of_all[rows], (noise, seen))
+        yield encode(positive), encode(negative), *own
 
 
 def generate_images(
@@ -139,18 +146,15 @@ def generate_images(
     Args:
         work: what to sample.
         model: whose images they are.
-        networks: network -> its structure (`nnx.GraphDef`).
-        weights: network -> its weights on the devices.
+        networks: network -> its structure (`nnx.GraphDef`); `negative_unet`, … where there are
+            others for negative prompts.
+        weights: the same networks -> their weights on the devices.
         config: of sampling.
         mesh: devices that share each batch, which they divide; None: all compute the whole.
     """
-    family = model.family
-    encoders = family.text_encoders
+    family, scale = model.family, float(config.infer_args.guidance_scale)
     clip_skip, final_norm = family.text_layer(config.clip_skip, config.clip_final_norm)
-    structures, held = (
-        Networks(of["unet"], of["vae"], tuple(of[name] for name in encoders))
-        for of in (networks, weights)
-    )
+    structures, held = (_grouped(of, model, scale) for of in (networks, weights))
     program = generate.program(
         structures,
         scaling_factor=model.parts["vae"].config.get("scaling_factor", 0.18215),
@@ -158,10 +162,26 @@ def generate_images(
         final_norm=final_norm,
         dtype=params.DTYPES[config.dtype],
     )
-    scale = float(config.infer_args.guidance_scale)
-    for positive, negative, noise in work.batches:
-        prompts = generate.guided_by(scale, negative, positive)
+    strength = float(config.infer_args.controlnet_conditioning_scale)
+    for positive, negative, noise, seen in work.batches:
+        rows = generate.guided_by(scale, negative, positive), noise, seen
         if mesh is not None:
-            prompts, noise = jax.device_put((prompts, noise), meshes.batch_sharding(mesh))
-        pixels, finite = meshes.fetch(program(held, prompts, scale, noise, work.table))
+            rows = jax.device_put(rows, meshes.batch_sharding(mesh))
+        prompts, noise, seen = rows
+        made = program(held, prompts, scale, noise, work.table, seen, strength)
+        pixels, finite = meshes.fetch(made)
         yield from zip(pixels, finite.tolist(), strict=True)
+
+
+def _grouped(of: Mapping[str, Any], model: Model, scale: float) -> Networks:
+    """Structures or weights as the program takes them, of the prompts that guidance asks about."""
+
+    def side(start: str) -> Side:
+        unet, *encoders = (
+            of.get(f"{start}{name}", of[name]) for name in ("unet", *model.family.text_encoders)
+        )
+        return Side(unet, tuple(encoders))
+
+    own = any(name.startswith(NEGATIVE) for name in of)
+    sides = generate.guided_by(scale, side(NEGATIVE), side("")) if own else [side("")]
+    return Networks(tuple(sides), of["vae"], of.get(controls.PART))

@@ -289,3 +289,19 @@ def _patterns(node: Any, pattern: Path) -> Iterator[Path]:
     if isinstance(node, dict):
         for key, value in node.items():
             yield from _patterns(value, (*pattern, key))
+
+
+def pop(node: Any, pattern: Path, path: Path) -> list[tuple[Path, Any, dict[str, Any]]]:
+    """Takes what matches a pattern out of a tree: path, value and siblings of each. Emptied ones go
+    as well."""
+    if not isinstance(node, dict):
+        return []
+    found = []
+    for key in [key for key in node if pattern[0] in ("*", key)]:
+        if len(pattern) == 1:
+            found.append(((*path, key), node.pop(key), node))
+            continue
+        found += pop(node[key], pattern[1:], (*path, key))
+        if node[key] == {}:
+            del node[key]
+    return found

@@ -14,6 +14,7 @@ from jaxft.formats.diffusers_folder import Model
 from jaxft.formats.lora import modules
 from jaxft.low_rank import Lora
 from jaxft.models import clip
+from jaxft.shapes import NEGATIVE
 from jaxft.tuning import adapters as loras
 from jaxft.tuning.adapters import Adapters, LoraGroup
 from jaxft.tuning.groups import Group, Labels, assign
@@ -34,7 +35,7 @@ class Selection(NamedTuple):
     """Part of what is trained -> name in it -> group. A part is a network, `lora_<network>`, or
     `words`, where a name is a word."""
     adapters: dict[str, Adapters]
-    """Network -> its LoRAs."""
+    """Network -> its LoRAs; `negative_unet`, …: those for negative prompts, if they have others."""
     notices: list[str]
     begun: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
     """`lora_<network>` -> factors that do not begin at nothing."""
@@ -76,6 +77,7 @@ def select(
             group["factor"],
             group["svd_init"],
             group["replaces"],
+            group["branch"],
         )
         for network in NETWORKS
         for name, group in config[f"lora_{network}"].items()
@@ -151,6 +153,7 @@ def _adapters(
 ) -> dict[str, Adapters]:
     """Network -> the LoRAs that groups give it; what the user should know is added to notices."""
     hosts = hcp.by_file(modules(model.configs))
+    _check_branches(groups)
     found: dict[str, Adapters] = {}
     for lora in groups:
         group, of, more = lora.group, lora.group.network, 0
@@ -161,6 +164,10 @@ def _adapters(
             notices.append(f"{group.name}: {_left_out(len(chosen) - len(used), 'layers')}")
         for module, own in used.items():
             network, inner = hcp.place(module, of)
+            if lora.branch:
+                sides = {"p": network, "n": f"{NEGATIVE}{network}"}
+                found |= {side: found.get(side, {}) for side in sides.values()}
+                network = sides[lora.branch]
             before = found.setdefault(network, {}).setdefault(inner, [])
             more += bool(before)
             before = [] if lora.replaces else before
@@ -180,6 +187,17 @@ def _adapters(
     return found
 
 
+def _check_branches(groups: Sequence[LoraGroup]) -> None:
+    for network in NETWORKS:
+        own = [lora for lora in groups if lora.group.network == network]
+        for lora in own:
+            if lora.branch is None and any(other.branch for other in own):
+                raise UserError(
+                    f"{lora.group.name}.branch: other groups of lora_{network} have one; say p or "
+                    "n here too, or give the layers a group of each"
+                )
+
+
 def initial(
     selection: Selection, model: Model, seed: int, dtype: Any = np.float32
 ) -> dict[str, dict[str, Any]]:
@@ -192,7 +210,8 @@ def initial(
             chosen = {name: weights[name] for name in weights if name in own}
             trained[network] = params.cast(chosen, dtype)
     for network, own in selection.adapters.items():
-        weights, principal = model.parts[network].params, selection.principal.get(network, {})
+        weights = model.parts[network.removeprefix(NEGATIVE)].params
+        principal = selection.principal.get(network, {})
         factors = loras.init(own, seed, weights, principal)
         trained[f"lora_{network}"] = factors | dict(selection.begun.get(f"lora_{network}", {}))
     return trained
@@ -223,7 +242,7 @@ def begin(selection: Selection, model: Model) -> Selection:
     """The selection with what its LoRAs begin as, where that is a part of the weights; an SVD of
     each such weight, a second for one of 1280 x 1280."""
     principal = {
-        network: loras.begin(own, model.parts[network].params)
+        network: loras.begin(own, model.parts[network.removeprefix(NEGATIVE)].params)
         for network, own in selection.adapters.items()
     }
     return selection._replace(principal=principal)
@@ -242,4 +261,21 @@ def lora(selection: Selection, trained: Mapping[str, Mapping[str, Any]]) -> Lora
     return {
         network: loras.result(own, trained[f"lora_{network}"], selection.principal.get(network, {}))
         for network, own in selection.adapters.items()
+        if own
     }
+
+
+def has_branches(selection: Selection) -> bool:
+    """Whether negative prompts have LoRAs of their own."""
+    return any(network.startswith(NEGATIVE) for network in selection.adapters)
+
+
+def check_guided(selection: Selection, guided: bool) -> None:
+    """Raises UserError where LoRAs have branches and there is no guidance."""
+    if has_branches(selection) and not guided:
+        network = next(n for n in selection.adapters if n.startswith(NEGATIVE))
+        raise UserError(
+            f"lora_{network.removeprefix(NEGATIVE).removesuffix('_2')}: branch tells LoRAs for "
+            "prompts from those for negative prompts, of which there are none; set train.cfg_scale "
+            "(to '3.0', say) and pairs in word_names, or leave branch out"
+        )

@@ -27,7 +27,8 @@ TEXT_INPUTS = {"text_encoder": "input_ids", "text_encoder_2": "input_ids_2"}
 """Text encoder -> what its token ids are called in a batch."""
 
 NEGATIVE = "negative_"
-"""Beginning of the names of token ids of negative prompts."""
+"""Beginning of the names of what is of negative prompts: their token ids, and networks with LoRAs
+of their own for these."""
 
 TEXT_STATES = ("encoder_hidden_states", "pooled_text_embeds")
 """What a batch holds instead where prompts were encoded before the first step: `TextStates`, and

@@ -14,7 +14,7 @@ predicted before training.
 each batch (several data sets, accumulation), adding up, then `update`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,26 +24,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxft import params
-from jaxft.diffusion import conditioning, importance, losses, schedule, ssim, weighting
+from jaxft.diffusion import importance, losses, schedule, ssim, weighting
 from jaxft.diffusion import noise as noises
 from jaxft.models import vae
-from jaxft.models.encoder import Added
-from jaxft.shapes import (
-    NEGATIVE,
-    TEXT_INPUTS,
-    TEXT_STATES,
-    Features,
-    Latents,
-    Params,
-    Pixels,
-    Timesteps,
-)
+from jaxft.prediction import TEACHER, Objective, Weights, predict, weights_of
+from jaxft.shapes import Features, Latents, Params, Pixels, Timesteps
 from jaxft.tuning import rounding, schedule_free
-
-Weights = dict[str, Params]
-"""Network (`unet`, `vae`, `text_encoder`, `controlnet`) -> its weights, or some of them;
-`lora_unet`, … -> the factors of a network's LoRAs; `words` -> word -> its rows [n, d];
-`teacher_unet`, … -> what is trained, as it began."""
 
 
 class TrainState(NamedTuple):
@@ -58,22 +44,6 @@ class TrainState(NamedTuple):
     """Of `trainable`, float32; empty where none is kept."""
     memory: importance.Memory | None = None
     """Of the data sets' losses; None where timesteps are not drawn by them."""
-
-
-class Objective(NamedTuple):
-    """What a step minimises, apart from weights and data; nothing in it changes in a run."""
-
-    networks: dict[str, nnx.GraphDef]
-    schedule: schedule.NoiseSchedule
-    scaling_factor: float
-    """Of the VAE's latents."""
-    dtype: Any
-    """Of the activations of UNet and text encoders."""
-    clip_skip: int = 0
-    clip_final_norm: bool = True
-    loss: losses.Loss = losses.PLAIN
-    dropouts: Mapping[str, Sequence[str]] = {}
-    """Network -> names of the keys by which its LoRAs drop values."""
 
 
 class Draws(NamedTuple):
@@ -138,12 +108,8 @@ def batch_key(key: Array, step: Array | int, dataset: Array | int, part: Array |
 def encode_pixels(
     graphdef: nnx.GraphDef, weights: Params, pixels: Pixels, holes: Array | None = None
 ) -> Array:
-    """VAE moments [b, h/8, w/8, 8] of pixels [b, h, w, 3]; float32. Where `holes` [b, h, w] is not
-    0, pixels are grey."""
-    images = pixels.astype(jnp.float32) / 127.5 - 1.0
-    if holes is not None:
-        images = images * (holes == 0)[..., None]
-    return params.bind(graphdef, weights).encode(images)
+    """VAE moments [b, h/8, w/8, 8] of pixels [b, h, w, 3] with `holes` [b, h, w]; float32."""
+    return params.bind(graphdef, weights).encode(vae.as_images(pixels, holes))
 
 
 def loss(
@@ -197,11 +163,6 @@ def latent_shape(moments: Array) -> tuple[int, ...]:
     return (*moments.shape[:3], moments.shape[3] // 2)
 
 
-def weights_of(name: str, trainable: Weights, frozen: Weights) -> Params:
-    """All that a network computes with: frozen and trained weights, factors of its LoRAs."""
-    return frozen.get(name, {}) | trainable.get(name, {}) | trainable.get(f"lora_{name}", {})
-
-
 def errors(
     objective: Objective,
     trainable: Weights,
@@ -213,7 +174,8 @@ def errors(
     nets, noising = objective.networks, objective.schedule
     parts = (*nets, "words")
     weights = {name: weights_of(name, trainable, frozen) for name in parts}
-    before = {name: frozen.get(name, {}) | frozen.get(f"teacher_{name}", {}) for name in parts}
+    teacher = {n.removeprefix(TEACHER): own for n, own in frozen.items() if n.startswith(TEACHER)}
+    before = {name: weights_of(name, teacher, frozen) for name in parts}
     latents = vae.sample_latents(batch["moments"], draws.latent_noise) * objective.scaling_factor
     asked, added, channels = draws.noise
     if channels is not None:
@@ -225,9 +187,9 @@ def errors(
         weights[name] |= dict(zip(keys, drawn, strict=True))
         before[name] |= dict(zip(keys, drawn, strict=True))
     seen = _seen(objective, noisy, batch, draws).astype(objective.dtype)
-    predicted = _predict(objective, weights, batch, seen, draws.timesteps)
+    predicted = predict(objective, weights, batch, seen, draws.timesteps)
     if "teacher" in batch:
-        wanted = _predict(objective, before, batch, seen, draws.timesteps).astype(jnp.float32)
+        wanted = predict(objective, before, batch, seen, draws.timesteps).astype(jnp.float32)
     else:
         wanted = schedule.target(noising, latents, asked, draws.timesteps)
     return _compared(objective, predicted, wanted, noisy, batch, draws.timesteps)
@@ -238,9 +200,9 @@ def _seen(objective: Objective, noisy: Latents, batch: dict[str, Array], draws: 
     latent's that of its first pixel, and the latents of what is left."""
     if draws.masked_noise is None:
         return noisy
-    holes = batch["inpaint_mask"][:, ::8, ::8, None].astype(noisy.dtype)
     left = vae.sample_latents(batch["masked_moments"], draws.masked_noise)
-    return jnp.concatenate([noisy, holes, left * objective.scaling_factor], axis=-1)
+    rest = vae.beside(batch["inpaint_mask"], left * objective.scaling_factor)
+    return jnp.concatenate([noisy, rest.astype(noisy.dtype)], axis=-1)
 
 
 def _compared(
@@ -274,60 +236,6 @@ def _compared(
         inner = None if mask is None else ssim.inner(mask)
         each += how.ssim * losses.of_each(unlike, inner, normalise_mask=how.normalise_mask)
     return each
-
-
-def _predict(
-    objective: Objective,
-    weights: Weights,
-    batch: dict[str, Array],
-    seen: Features,
-    timesteps: Timesteps,
-) -> Latents:
-    """What the UNet says of what it sees; guided, where there are negative prompts."""
-    text, pooled = _text(objective, weights, batch)
-    twice = 2 if _is_guided(batch) else 1
-
-    def again(x: Array) -> Array:
-        return jnp.concatenate([x] * twice)
-
-    added = Added(pooled, again(batch["time_ids"])) if "time_ids" in batch else None
-    inputs, residuals = (again(seen), again(timesteps), text), None
-    if "controlnet" in objective.networks:
-        control = params.bind(objective.networks["controlnet"], weights["controlnet"])
-        image = batch["conditioning_pixel_values"].astype(jnp.float32) / 255
-        residuals = control(*inputs, again(image), added)
-    unet = params.bind(objective.networks["unet"], weights["unet"])
-    predicted = unet(*inputs, added, residuals)
-    if twice == 1:
-        return predicted
-    assert objective.loss.guidance is not None, "a plan has guidance where words are pairs"
-    negative, positive = jnp.split(predicted.astype(jnp.float32), 2)
-    scale = jnp.asarray(objective.loss.guidance)[timesteps][:, None, None, None]
-    return negative + scale * (positive - negative)
-
-
-def _is_guided(batch: Mapping[str, Array]) -> bool:
-    return any(name.startswith(NEGATIVE) for name in batch)
-
-
-def _text(objective: Objective, weights: Weights, batch: dict[str, Array]) -> tuple[Any, Any]:
-    """What the UNet is told of the prompts: encoded here, or before the first step. Negative
-    prompts, where there are any, come before the others, as in HCP-Diffusion: [2b, …]."""
-    states, pooled = TEXT_STATES
-    if states in batch:
-        return batch[states], batch.get(pooled)
-    encoders = [name for name in TEXT_INPUTS if name in objective.networks]
-    starts = (NEGATIVE, "") if _is_guided(batch) else ("",)
-    return conditioning.encode_text(
-        [
-            params.bind(objective.networks[name], params.cast(weights[name], objective.dtype))
-            for name in encoders
-        ],
-        [jnp.concatenate([batch[s + TEXT_INPUTS[name]] for s in starts]) for name in encoders],
-        conditioning.stack(weights["words"]),
-        clip_skip=objective.clip_skip,
-        final_norm=objective.clip_final_norm,
-    )
 
 
 def gradients(

@@ -22,7 +22,8 @@ from jaxft.data.loader import Dataset
 from jaxft.diffusion import losses
 from jaxft.diffusion import noise as noises
 from jaxft.log import RunLog
-from jaxft.step import Draws, Objective, TrainState, Weights
+from jaxft.prediction import Objective, Weights
+from jaxft.step import Draws, TrainState
 
 SEED = "seed"
 """In a batch, what an image's noise is drawn from, uint32 [b]."""

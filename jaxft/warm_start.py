@@ -13,7 +13,7 @@ from jaxft.formats.diffusers_folder import Model
 from jaxft.low_rank import LowRank
 from jaxft.lycoris import Change
 from jaxft.merging import MERGED, Addition
-from jaxft.selection import Selection
+from jaxft.selection import Selection, has_branches
 from jaxft.tuning.adapters import Adapter
 
 KEY = "train.warm_start"
@@ -94,6 +94,11 @@ def select(selection: Selection, begun: Begun) -> Selection:
             )
     if not begun.loras:
         return selection
+    if has_branches(selection):
+        raise UserError(
+            f"{KEY}: a file does not say of which branch its LoRAs are; take the branches out of "
+            "lora_unet and lora_text_encoder, or begin anew"
+        )
     factors: dict[str, dict[str, np.ndarray]] = {}
     problems = []
     for (network, module), (path, low) in begun.loras.items():

@@ -36,7 +36,7 @@ from jaxtyping import install_import_hook  # noqa: E402
 import tests.typecheck  # noqa: E402, F401
 from tests.weights import randomise  # noqa: E402
 
-CHECKED = ["jaxft.models", "jaxft.step"]
+CHECKED = ["jaxft.models", "jaxft.prediction", "jaxft.step"]
 install_import_hook(CHECKED, "tests.typecheck.check")  # shapes and types, at every call
 
 warnings.filterwarnings("ignore", module="diffusers|transformers|torch|beartype")

@@ -196,7 +196,7 @@ def groups(clip_skip: int = 0, **chosen: Any) -> dict[str, Any]:
     """The groups of a configuration: section -> patterns, or (patterns, options)."""
     options = {"lr": 1e-3, "rank": RANK, "alpha": ALPHA, "dropout": 0.0}
     options |= {"rank_dropout": 0.0, "type": "lora", "factor": -1, "optimizer": {}}
-    options |= {"svd_init": False, "replaces": False}
+    options |= {"svd_init": False, "replaces": False, "branch": None}
     tree: dict[str, Any] = {name: {} for name in ("unet", "text_encoder", "controlnet")}
     tree |= {"lora_unet": {}, "lora_text_encoder": {}}
     for section, items in chosen.items():

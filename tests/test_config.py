@@ -232,7 +232,7 @@ def test_a_faulty_interpolation_is_named(write, value, says):
         ("data: {d.e: {batch_size: 1}}", "data.d.e: a name must not hold a dot"),
         ("train: {optimizer: 3}", "train.optimizer: must be a mapping with `_target_`"),
         ("lora_unet: [{layers: [], bias: true}]", "lora_unet.0.bias: not supported: "),
-        ("lora_text_encoder: [{layers: [], branch: p}]", "lora_text_encoder.0.branch: not support"),
+        ("lora_text_encoder: [{layers: [], bias: true}]", "lora_text_encoder.0.bias: not support"),
         ("lora_unet: [{rank: x, layers: []}]", "lora_unet.0.rank: must be a number from 0, not"),
         ("plugin_unet: {c: {_target_: x}}", "plugin_unet.c: not supported: "),
         ("model: {ema: {decay_max: 0.9}}", "model.ema: must be a mapping with `_target_` or null"),

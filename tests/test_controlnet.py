@@ -10,17 +10,20 @@ import pytest
 import torch
 import yaml
 from diffusers import ControlNetModel as TorchControlNet
+from diffusers import StableDiffusionControlNetPipeline
 from diffusers import UNet2DConditionModel as TorchUNet
+from PIL import Image
 
-from jaxft import assembly, controls, params, plan, records, step, tensor_file, train
+from jaxft import assembly, controls, params, plan, records, sample, step, tensor_file, train
 from jaxft import config as configs
 from jaxft.diffusion import schedule
 from jaxft.errors import UserError
 from jaxft.formats import controlnet, diffusers_folder, hcp
 from jaxft.models.controlnet import ControlNetModel
 from jaxft.models.unet import UNet2DConditionModel
-from tests.data_fixtures import one_shape, photo_folder
+from tests.data_fixtures import one_shape, photo_folder, photograph
 from tests.test_formats import same_bits
+from tests.test_sample import HEIGHT, STEPS, WIDTH, generate
 from tests.test_step import SCHEDULER, UNET, Setup
 from tests.weights import randomise
 
@@ -156,7 +159,22 @@ def test_a_run_ends_as_if_it_had_not_been_stopped_and_leaves_what_diffusers_open
     recipe, nano_model, tmp_path
 ):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert train.main(["--config", str(recipe), f"exp_dir={whole}"]) == 0
+    shown = recipe.parent / "infer.yaml"
+    shown.write_text(
+        yaml.safe_dump(
+            {
+                "_base_": ["configs/infer/preview.yaml"],
+                "prompt": "a photo",
+                "bs": 2,
+                "seed": 3,
+                "dtype": "fp32",
+                "ex_input": {"cond": {"image": str(recipe.parent / "seen" / "1.jpg")}},
+                "infer_args": {"width": 64, "height": 48, "num_inference_steps": 2},
+            }
+        )
+    )
+    preview = f"previewer.infer_cfg={shown}"
+    assert train.main(["--config", str(recipe), f"exp_dir={whole}", preview]) == 0
     half = ["--config", str(recipe), f"exp_dir={broken}", "train.train_steps=2"]
     assert train.main(half) == 0
     assert train.main(["--resume", str(broken), "train.train_steps=4"]) == 0
@@ -183,6 +201,13 @@ def test_a_run_ends_as_if_it_had_not_been_stopped_and_leaves_what_diffusers_open
         assert same_bits(weights(opened), trained)
     assert {path.name for path in (whole / "export").iterdir()} == {folder.name, file.name}
     assert tensor_file.read_header(file).metadata["ss_steps"] == "4"
+    given = [f"pretrained_model={nano_model}", f"controlnet={whole / last}"]
+    config, _ = configs.load(str(shown), given, "infer")
+    images = sample.paint(sample.make_requests(config), sample.load_model(config), config)
+    wanted = np.concatenate([pixels for pixels, _ in images], axis=1).astype(int)
+    painted = {n: np.asarray(Image.open(whole / f"preview/{n}.png")).astype(int) for n in (0, 4)}
+    assert np.abs(painted[4] - wanted).max() <= 1  # a program of another structure
+    assert np.abs(painted[4] - painted[0]).max() > 2
     for place in (folder, file, whole / last):  # any of them is trained on
         model = plan.prepare(*configs.load(str(recipe), [f"model.controlnet={place}"])).model
         assert same_bits(model.parts[controls.PART].params, trained)
@@ -204,7 +229,10 @@ def test_what_does_not_go_together_is_refused(recipe, folders, tmp_path):
         ),
         ([f"model.controlnet={seen}"], r"model\.controlnet: .* its block_out_channels is"),
         ([f"model.controlnet={tmp_path / 'none'}"], r"model\.controlnet: .*none"),
-        (["previewer.infer_cfg=configs/infer/preview.yaml"], r"previewer\.infer_cfg: previews"),
+        (
+            ["previewer.infer_cfg=configs/infer/preview.yaml"],
+            r"previewer\.infer_cfg: .* ex_input\.cond\.image: is needed by a ControlNet",
+        ),
     ):
         with pytest.raises(UserError, match=told):
             plan.prepare(*configs.load(str(recipe), overrides))
@@ -235,3 +263,95 @@ def test_one_of_xl_is_exported_under_diffusers_names_for_webuis_too(recipe, fold
     assert opened.config.addition_embed_type == "text_time"
     for found in (weights(opened), tensor_file.read(file)):
         assert same_bits(found, trained[controls.PART])
+
+
+# ---------------------------------------------------------------------------------------- sampling
+
+
+@pytest.fixture(scope="module")
+def control(nano_model, tmp_path_factory) -> Path:
+    """A ControlNet of random weights for `nano_model`."""
+    folder = tmp_path_factory.mktemp("control") / "net"
+    unet: Any = TorchUNet.from_pretrained(nano_model / "unet", local_files_only=True)
+    net: Any = TorchControlNet.from_unet(unet, conditioning_embedding_out_channels=(4, 4, 8, 8))
+    randomise(net, 8).save_pretrained(folder)
+    return folder
+
+
+def test_images_with_one_are_diffusers(nano_model, control, tmp_path):
+    seen = photograph(2, (WIDTH, HEIGHT))
+    seen.save(tmp_path / "seen.png")
+    noise = np.random.default_rng(0).standard_normal((2, 4, HEIGHT // 8, WIDTH // 8), np.float32)
+    np.save(tmp_path / "noise.npy", noise)
+    net: Any = TorchControlNet.from_pretrained(control, local_files_only=True)
+    pipeline: Any = StableDiffusionControlNetPipeline.from_pretrained(
+        nano_model, controlnet=net, local_files_only=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        ["a photo of"] * 2,
+        seen,
+        negative_prompt=["on"] * 2,
+        latents=torch.from_numpy(noise),
+        num_inference_steps=STEPS,
+        controlnet_conditioning_scale=0.7,
+    ).images
+    given = [f"infer_args.latents={tmp_path / 'noise.npy'}", f"controlnet={control}"]
+    given += [f"ex_input.cond.image={tmp_path / 'seen.png'}"]
+    weak = "infer_args.controlnet_conditioning_scale=0.7"
+    found = generate(nano_model, tmp_path / "weak", *given, weak)
+    expected = np.stack([np.asarray(image).astype(int) for image in expected])
+    assert expected.std() > 5  # a picture, not one colour
+    assert np.abs(np.stack(found) - expected).max() <= 2
+    other = generate(nano_model, tmp_path / "whole", *given)
+    assert np.abs(np.stack(other) - expected).max() > 20
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["ex_input.cond.image=null"], r"ex_input\.cond\.image: is needed by a ControlNet"),
+        (["controlnet=null"], r"ex_input\.cond\.image: has no effect without a ControlNet"),
+        (
+            ["controlnet=null", "infer_args.controlnet_conditioning_scale=2"],
+            r"controlnet_conditioning_scale: has no effect",
+        ),
+        (["ex_input.cond.image=no.png"], r"ex_input\.cond\.image: no\.png: No such file"),
+        (["ex_input.cond.image=[a.png]"], r"ex_input\.cond\.image: a list needs one entry"),
+        (["ex_input.cond.image=README.md"], r"README\.md: not an image"),
+        (["condition.image=a.png"], r"condition\.image: has no effect without an inpainting model"),
+        (["save_model.path=model"], "controlnet: is no part of a model that is saved"),
+    ],
+)
+def test_mistakes_are_named(nano_model, control, tmp_path, changes, told):
+    photograph(2, (WIDTH, HEIGHT)).save(tmp_path / "seen.png")
+    given = [f"controlnet={control}", f"ex_input.cond.image={tmp_path / 'seen.png'}"]
+    with pytest.raises(UserError, match=told):
+        generate(nano_model, tmp_path / "out", *given, *changes)
+
+
+def test_one_that_lacks_weights_is_not_sampled_with(nano_model, tmp_path):
+    hcp.write_part(tmp_path / "controlnet-1.safetensors", {"conv_in.bias": np.zeros(16)})
+    photograph(2, (WIDTH, HEIGHT)).save(tmp_path / "seen.png")
+    given = [f"controlnet={tmp_path / 'controlnet-1.safetensors'}"]
+    with pytest.raises(UserError, match=r"(?s)controlnet: .* 127 missing"):
+        generate(
+            nano_model, tmp_path / "out", *given, f"ex_input.cond.image={tmp_path / 'seen.png'}"
+        )
+
+
+def test_the_one_that_hcp_diffusion_merges_is_taken(write):
+    plugin = "{type: unet, plugin: {controlnet1: {path: ckpts/c.safetensors, layers: all}}}"
+    file = write("own.yaml", f"merge: {{plugin_cfg: cfgs/plugins/x.yaml, group1: {plugin}}}")
+    processor = "hcpdiff.data.data_processor.ControlNetProcessor"
+    given = [
+        "pretrained_model=m",
+        f"ex_input={{cond: {{_target_: {processor}, image: cond_img.png}}}}",
+    ]
+    config, _ = configs.load(file, given, "infer")
+    assert (config.controlnet, config.ex_input.cond.image) == (
+        "ckpts/c.safetensors",
+        "cond_img.png",
+    )
+    with pytest.raises(UserError, match=r"merge\.group1\.plugin\.controlnet1: .*no plugins"):
+        configs.load(file, [*given, "merge.plugin_cfg=null"], "infer")

@@ -101,7 +101,7 @@ NEEDED = {"train": "model.pretrained_model_name_or_path=m", "infer": "pretrained
             "data.d.source.s.image_transforms",
         ),
         ("infer", "infer_args: {crop_coord: [0, 0, 8, 8]}", "infer_args.crop_coord"),
-        ("infer", "merge: {g: {lora: [{path: a, mask: [0.5, 1]}]}}", "merge.g.lora.0.mask"),
+        ("infer", "merge: {g: {lora: [{path: a, mask: [0.2, 1]}]}}", "merge.g.lora.0.mask"),
     ],
 )
 def test_keys_of_hcp_diffusion_are_refused_with_a_reason(tmp_path, schema, text, key):

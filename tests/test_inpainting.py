@@ -15,6 +15,7 @@ import yaml
 from diffusers import AutoencoderKL as TorchVAE
 from diffusers import StableDiffusionInpaintPipeline
 from diffusers import UNet2DConditionModel as TorchUNet
+from diffusers.models.autoencoders import vae as torch_vae
 from PIL import Image
 
 from jaxft import config as configs
@@ -22,10 +23,13 @@ from jaxft import params, plan, step, train, validation
 from jaxft.data import holes, source
 from jaxft.data.images import CENTRE, View
 from jaxft.diffusion import schedule
+from jaxft.diffusion.generate import LEFT, initial_noise
 from jaxft.errors import UserError
 from jaxft.models.unet import UNet2DConditionModel
 from jaxft.models.vae import AutoencoderKL
 from tests.data_fixtures import one_shape, photo_folder, photograph
+from tests.test_controlnet import XL, channels_first
+from tests.test_sample import HEIGHT, STEPS, WIDTH, generate
 from tests.test_step import SCHEDULER, UNET, Setup
 from tests.weights import randomise
 
@@ -37,13 +41,10 @@ VAE: dict[str, Any] = {
 }
 
 
-def channels_first(x: Any) -> torch.Tensor:
-    return torch.tensor(np.asarray(x).transpose(0, 3, 1, 2).copy())
-
-
-def make_objective() -> step.Objective:
+def make_objective(more: dict[str, Any]) -> step.Objective:
+    config = {**UNET, **more, "in_channels": 9}
     nets = {
-        "unet": params.abstract(lambda: UNet2DConditionModel({**UNET, "in_channels": 9}))[0],
+        "unet": params.abstract(lambda: UNet2DConditionModel(config))[0],
         "vae": params.abstract(lambda: AutoencoderKL(VAE))[0],
     }
     noising = schedule.from_config(SCHEDULER | {"prediction_type": "epsilon"})
@@ -59,17 +60,23 @@ def make_batch(rng: np.random.Generator) -> dict[str, np.ndarray]:
     }
 
 
-def test_loss_and_gradients_are_those_of_diffusers_networks(rng):
+@pytest.mark.parametrize("more", [{}, XL], ids=["sd1", "sdxl"])
+def test_loss_and_gradients_are_those_of_diffusers_networks(more, rng):
     """The input as in diffusers' `train_dreambooth_inpaint.py`: noisy latents, the mask by nearest
     neighbour, and the latents of `image * (mask < 0.5)`, which are drawn as the others."""
-    unet: Any = randomise(TorchUNet(**UNET, in_channels=9), 0)
+    unet: Any = randomise(TorchUNet(**UNET, **more, in_channels=9), 0)
     autoencoder: Any = randomise(TorchVAE(**VAE), 1)
-    objective = make_objective()
+    objective = make_objective(more)
     own, fixed = (
         {name: jnp.asarray(value.numpy().copy()) for name, value in part.state_dict().items()}
         for part in (unet, autoencoder)
     )
-    batch = make_batch(rng)
+    batch, added = make_batch(rng), {}
+    if more:
+        batch["pooled_text_embeds"] = rng.standard_normal((2, 8)).astype(np.float32)
+        batch["time_ids"] = rng.uniform(0, 99, (2, 6)).astype(np.float32)
+        added["text_embeds"] = torch.tensor(batch["pooled_text_embeds"])
+        added["time_ids"] = torch.tensor(batch["time_ids"])
     assert 0 < batch["inpaint_mask"].mean() < 1
     key = jax.random.key(3)
 
@@ -96,7 +103,8 @@ def test_loss_and_gradients_are_those_of_diffusers_networks(rng):
     )
     small = torch.nn.functional.interpolate(mask, size=(4, 6))
     inputs = torch.cat([noisy, small, left * 0.18215], dim=1)
-    predicted = unet(inputs, times, torch.tensor(batch["encoder_hidden_states"])).sample
+    text = torch.tensor(batch["encoder_hidden_states"])
+    predicted = unet(inputs, times, text, added_cond_kwargs=added).sample
     theirs = torch.nn.functional.mse_loss(predicted, noise)
     theirs.backward()
     np.testing.assert_allclose(ours, theirs.item(), rtol=1e-5)
@@ -120,7 +128,7 @@ def test_what_is_held_out_is_judged_with_its_holes(rng):
         batch = make_batch(rng) | more | {validation.SEED: np.arange(2, dtype=np.uint32)}
         found = jax.eval_shape(
             lambda u, v, b: validation.curve(
-                make_objective(), {"unet": u}, {"vae": v}, b, np.arange(3)
+                make_objective({}), {"unet": u}, {"vae": v}, b, np.arange(3)
             ),
             shapes["unet"],
             shapes["vae"],
@@ -217,6 +225,64 @@ def test_a_run_leaves_what_diffusers_opens(recipe, model, tmp_path):
     before: Any = TorchUNet.from_pretrained(model / "unet", local_files_only=True)
     trained = opened.unet.conv_in.weight - before.conv_in.weight
     assert all(trained[:, channels].abs().max() > 0 for channels in (slice(4), 4, slice(5, 9)))
+
+
+def test_a_run_resumes_bit_for_bit(recipe, tmp_path):
+    """Holes, and the latents of what is left, are drawn anew in each step."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    saved = ["--config", str(recipe), "train.save_step=1", "export=null"]
+    assert train.main([*saved, f"exp_dir={whole}"]) == 0
+    shutil.copytree(whole, broken)
+    shutil.rmtree(broken / "state" / "2")
+    (broken / "ckpts" / "unet-2.safetensors").unlink()
+    assert train.main(["--resume", str(broken)]) == 0
+    file = "ckpts/unet-2.safetensors"
+    assert (broken / file).read_bytes() == (whole / file).read_bytes()
+    assert (whole / file).read_bytes() != (whole / "ckpts/unet-1.safetensors").read_bytes()
+
+
+def test_images_are_diffusers(model, tmp_path, monkeypatch):
+    """Of pictures in the size of the images; the latents of what is left are drawn by the same
+    numbers."""
+    picture, grey = photograph(3, (WIDTH, HEIGHT)), np.zeros((HEIGHT, WIDTH), np.uint8)
+    grey[8:40, 16:48], grey[:8, :8], grey[8:16, :8] = 255, 127, 128
+    picture.save(tmp_path / "picture.png")
+    Image.fromarray(grey).save(tmp_path / "mask.png")
+    shape = (2, 4, HEIGHT // 8, WIDTH // 8)
+    noise = np.random.default_rng(0).standard_normal(shape, np.float32)
+    np.save(tmp_path / "noise.npy", noise)
+    left = initial_noise([0, 1], HEIGHT // 8, WIDTH // 8, stream=LEFT)
+    drawn: Any = torch.tensor(np.asarray(left).transpose(0, 3, 1, 2).copy())
+    monkeypatch.setattr(torch_vae, "randn_tensor", lambda size, **_: drawn[: size[0]])
+    pipeline: Any = StableDiffusionInpaintPipeline.from_pretrained(model, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        ["a photo of"] * 2,
+        [picture] * 2,
+        [Image.fromarray(grey)] * 2,
+        negative_prompt=["on"] * 2,
+        latents=torch.from_numpy(noise),
+        num_inference_steps=STEPS,
+        width=WIDTH,
+        height=HEIGHT,
+    ).images
+    given = [
+        f"infer_args.latents={tmp_path / 'noise.npy'}",
+        f"condition.image={tmp_path / 'picture.png'}",
+        f"condition.mask={tmp_path / 'mask.png'}",
+    ]
+    found = generate(model, tmp_path / "out", *given)
+    expected = np.stack([np.asarray(image).astype(int) for image in expected])
+    assert expected.std() > 5  # a picture, not one colour
+    assert np.abs(np.stack(found) - expected).max() <= 2
+    info = yaml.safe_load((tmp_path / "out" / "0-0-info.yaml").read_text())
+    assert info["condition"]["mask"] == str(tmp_path / "mask.png")
+    for change, told in (
+        ("condition.mask=null", r"condition\.mask: is needed by an inpainting model"),
+        ("condition.type=i2i", r"condition\.type: not supported: no image to begin from"),
+    ):
+        with pytest.raises(UserError, match=told):
+            generate(model, tmp_path / "no", *given, change)
 
 
 def test_holes_are_other_ones_in_each_epoch_cached_or_not(recipe):

@@ -6,21 +6,43 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from jaxft.diffusion.conditioning import encode_text, weigh
 from jaxft.diffusion.samplers import Table, sample
 from jaxft.models.encoder import Added
+from jaxft.models.vae import as_images, beside, sample_latents
 from jaxft.params import bind, cast
 from jaxft.shapes import Latents, Pixels, TextStates
+
+
+class Side(NamedTuple):
+    """The networks that answer prompts: their structures, or their weights."""
+
+    unet: Any
+    text_encoders: tuple[Any, ...]
 
 
 class Networks(NamedTuple):
     """One thing for each network of a pipeline: its structure, or its weights."""
 
-    unet: Any
+    sides: tuple[Side, ...]
+    """One for all prompts; or one for each of those that guidance asks about."""
     vae: Any
-    text_encoders: tuple[Any, ...]
+    controlnet: Any = None
+
+
+class Seen(NamedTuple):
+    """The pictures that images are made by, if any."""
+
+    condition: Pixels | None = None
+    """What a ControlNet sees, [b, 8h, 8w, 3]."""
+    image: Pixels | None = None
+    """What is to be inpainted, [b, 8h, 8w, 3]."""
+    hole: UInt8[Array, "b h w"] | None = None
+    """1 where it is to be painted anew, [b, 8h, 8w]."""
+    noise: Latents | None = None
+    """By which the latents of the rest are drawn."""
 
 
 class Prompts(NamedTuple):
@@ -33,7 +55,8 @@ class Prompts(NamedTuple):
 
 
 Program = Callable[
-    [Networks, Sequence[Prompts], float, Latents, Table], tuple[Pixels, Bool[jax.Array, " b"]]
+    [Networks, Sequence[Prompts], float, Latents, Table, Seen, float],
+    tuple[Pixels, Bool[jax.Array, " b"]],
 ]
 
 
@@ -46,12 +69,13 @@ def program(
     final_norm: bool = True,
     dtype: Any = jnp.float32,
 ) -> Program:
-    """A compiled function (weights, prompts, guidance scale, noise, table) -> images.
+    """A compiled function (weights, prompts, guidance scale, noise, table, pictures, strength of
+    the ControlNet) -> images.
 
-    Prompts are those of `guided_by`. Noise has unit variance, [b, h, w, 4]. Pixels [b, 8h, 8w, 3]
-    come back, and for each image whether all of its numbers were finite. Another scale or another
-    sampler of the same order and number of steps needs no new compilation; nor does a second call
-    with the same arguments.
+    Prompts are those of `guided_by`, which are shared out evenly among the sides. Noise has unit
+    variance, [b, h, w, 4]. Pixels [b, 8h, 8w, 3] come back, and for each image whether all of its
+    numbers were finite. Another scale or another sampler of the same order and number of steps
+    needs no new compilation; nor does a second call with the same arguments.
 
     Args:
         structures: `nnx.GraphDef` of each network.
@@ -64,24 +88,40 @@ def program(
     decoder_dtype = jnp.float32 if dtype == jnp.float16 else dtype
 
     def run(
-        weights: Networks, prompts: Sequence[Prompts], scale: float, noise: Latents, table: Table
+        weights: Networks,
+        prompts: Sequence[Prompts],
+        scale: float,
+        noise: Latents,
+        table: Table,
+        seen: Seen,
+        strength: float,
     ):
-        text_encoders = [
-            bind(structure, cast(own, dtype))
-            for structure, own in zip(structures.text_encoders, weights.text_encoders, strict=True)
-        ]
-        sides = [_conditions(text_encoders, side, clip_skip, final_norm) for side in prompts]
-        states, pooled = (jnp.concatenate(both) for both in zip(*sides, strict=True))
-        unet = bind(structures.unet, cast(weights.unet, dtype))
+        each = len(prompts) // len(structures.sides)
         vae = bind(structures.vae, cast(weights.vae, decoder_dtype))
         height, width = (side * vae.scale for side in noise.shape[1:3])
         sizes = jnp.array([height, width, 0, 0, height, width], jnp.float32)
-        added = Added(pooled, jnp.tile(sizes, (len(pooled), 1)))
+        asked = []
+        for number, structure in enumerate(structures.sides):
+            unet, text_encoders = _bound(structure, weights.sides[number], dtype)
+            of_side = prompts[number * each : (number + 1) * each]
+            told = [_conditions(text_encoders, p, clip_skip, final_norm) for p in of_side]
+            states, pooled = (jnp.concatenate(parts) for parts in zip(*told, strict=True))
+            asked.append((unet, states, Added(pooled, jnp.tile(sizes, (len(pooled), 1)))))
+
+        rest, control, hint = _rest(vae, seen, scaling_factor), None, None
+        if seen.condition is not None:
+            control = bind(structures.controlnet, cast(weights.controlnet, dtype))
+            hint = jnp.concatenate([seen.condition.astype(jnp.float32) / 255] * each)
 
         def denoise(x: Latents, timestep: jax.Array) -> jax.Array:
-            x = jnp.concatenate([x.astype(dtype)] * len(prompts))
-            output = unet(x, jnp.full(len(x), timestep), states, added).astype(jnp.float32)
-            first, *others = jnp.split(output, len(prompts))
+            x = x if rest is None else jnp.concatenate([x, rest], axis=-1)
+            x = jnp.concatenate([x.astype(dtype)] * each)
+            times, answers = jnp.full(len(x), timestep), []
+            for unet, states, added in asked:
+                residuals = control and control(x, times, states, hint, added)
+                residuals = jax.tree.map(lambda r: strength * r, residuals)
+                answers.append(unet(x, times, states, added, residuals))
+            first, *others = jnp.split(jnp.concatenate(answers).astype(jnp.float32), len(prompts))
             return first + scale * (others[0] - first) if others else first
 
         latents = sample(denoise, noise, table)
@@ -93,8 +133,8 @@ def program(
     return jax.jit(run)
 
 
-def guided_by(scale: float, negative: Prompts, positive: Prompts) -> list[Prompts]:
-    """The prompts that classifier-free guidance asks the network about.
+def guided_by(scale: float, negative: Any, positive: Any) -> list[Any]:
+    """The prompts that classifier-free guidance asks the network about, or what goes with them.
 
     Its output is `negative + scale * (positive - negative)` (Ho and Salimans 2022,
     https://arxiv.org/abs/2207.12598): of scale 0 and 1, one of them alone.
@@ -102,10 +142,33 @@ def guided_by(scale: float, negative: Prompts, positive: Prompts) -> list[Prompt
     return {0.0: [negative], 1.0: [positive]}.get(scale, [negative, positive])
 
 
-def initial_noise(seeds: Sequence[int], height: int, width: int, channels: int = 4) -> Latents:
-    """Noise of unit variance, [b, height, width, channels]; each image's from its own seed."""
-    shape = (height, width, channels)
-    return jnp.stack([jax.random.normal(jax.random.key(seed), shape) for seed in seeds])
+LEFT = 1
+"""Stream of `Seen.noise`."""
+
+
+def initial_noise(
+    seeds: Sequence[int], height: int, width: int, channels: int = 4, stream: int = 0
+) -> Latents:
+    """Noise of unit variance, [b, height, width, channels]; each image's from its own seed. Another
+    stream has other noise."""
+    keys = [jax.random.key(seed) for seed in seeds]
+    keys = [jax.random.fold_in(key, stream) for key in keys] if stream else keys
+    return jnp.stack([jax.random.normal(key, (height, width, channels)) for key in keys])
+
+
+def _rest(vae: Any, seen: Seen, scaling_factor: float) -> Array | None:
+    """What an inpainting UNet sees behind the noisy latents, float32."""
+    if seen.image is None or seen.hole is None or seen.noise is None:
+        return None
+    moments = vae.encode(as_images(seen.image, seen.hole)).astype(jnp.float32)
+    return beside(seen.hole, sample_latents(moments, seen.noise) * scaling_factor)
+
+
+def _bound(structure: Side, weights: Side, dtype: Any) -> Side:
+    """Networks that answer, computing in `dtype`."""
+    pairs = zip(structure.text_encoders, weights.text_encoders, strict=True)
+    encoders = tuple(bind(graphdef, cast(own, dtype)) for graphdef, own in pairs)
+    return Side(bind(structure.unet, cast(weights.unet, dtype)), encoders)
 
 
 def _conditions(

@@ -16,6 +16,7 @@ import numpy as np
 from jaxft import params, tensor_file
 from jaxft.errors import UserError
 from jaxft.patterns import match
+from jaxft.shapes import NEGATIVE
 
 KINDS = {
     "base": "trained weights",
@@ -45,7 +46,7 @@ def place(name: str, network: str) -> tuple[str, str]:
 def by_file(
     networks: Mapping[str, Mapping[str, Any]], is_xl: bool | None = None
 ) -> dict[str, dict[str, Any]]:
-    """File (`unet`, `text_encoder`) -> what belongs in it, named as there.
+    """File (`unet`, `text_encoder`, `unet-neg`, …) -> what belongs in it, named as there.
 
     Args:
         networks: network -> name -> anything.
@@ -55,9 +56,11 @@ def by_file(
     is_xl = "text_encoder_2" in networks if is_xl is None else is_xl
     files: dict[str, dict[str, Any]] = {}
     for network, named in networks.items():
-        prefix = prefixes.get(network, "") if is_xl else ""
+        base = network.removeprefix(NEGATIVE)
+        prefix = prefixes.get(base, "") if is_xl else ""
         own = {f"{prefix}{name}": value for name, value in named.items()}
-        files.setdefault(network.removesuffix("_2"), {}).update(own)
+        file = base.removesuffix("_2") + ("" if base == network else "-neg")
+        files.setdefault(file, {}).update(own)
     return files
 
 

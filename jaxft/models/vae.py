@@ -6,13 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from jaxft.models import options
 from jaxft.models.attention import attend
 from jaxft.models.blocks import Downsample2D, ResnetBlock2D, Upsample2D
 from jaxft.models.layers import Conv2d, GroupNorm, Identity, Linear
-from jaxft.shapes import Features, Images, Latents, Moments
+from jaxft.shapes import Features, Images, Latents, Moments, Pixels
 
 EPS = 1e-6
 
@@ -175,6 +175,18 @@ class AutoencoderKL(nnx.Module):
 def downsampling(config: Mapping[str, Any]) -> int:
     """Pixels along the side of one latent."""
     return 2 ** (len(config.get("block_out_channels", FREE["block_out_channels"])) - 1)
+
+
+def as_images(pixels: Pixels, holes: UInt8[Array, "b h w"] | None = None) -> Images:
+    """Pixels as the encoder sees them; grey where `holes` is not 0."""
+    shown = pixels.astype(jnp.float32) / 127.5 - 1.0
+    return shown if holes is None else shown * (holes == 0)[..., None]
+
+
+def beside(holes: UInt8[Array, "b height width"], left: Latents) -> Float[Array, "b h w 5"]:
+    """What an inpainting UNet sees behind the noisy latents: the holes, each latent's that of its
+    first pixel, and the scaled latents of what is left."""
+    return jnp.concatenate([holes[:, ::8, ::8, None].astype(left.dtype), left], axis=-1)
 
 
 def sample_latents(moments: Moments, noise: Latents) -> Latents:

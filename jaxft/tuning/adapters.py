@@ -52,6 +52,8 @@ class LoraGroup(NamedTuple):
     """Whether it begins as the largest part of the layer's weight, of which it takes the place."""
     replaces: bool = False
     """Whether it takes its layers over from groups before it; if not, LoRAs add up."""
+    branch: str | None = None
+    """`p`: only as the network answers prompts; `n`: negative prompts; None: both."""
 
 
 class Adapter(NamedTuple):
@@ -67,6 +69,7 @@ class Adapter(NamedTuple):
     rank_dropout: float = 0.0
     factor: int = -1
     svd: bool = False
+    branch: str | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -113,6 +116,11 @@ def check(lora: LoraGroup) -> None:
         )
     if lora.svd and lora.kind != "lora":
         raise UserError(f"{name}.svd_init: is of `type: lora`, not of {lora.kind}; leave it out")
+    if lora.svd and lora.branch:
+        raise UserError(
+            f"{name}.svd_init: takes a part of the weight, which prompts and negative prompts "
+            "share; leave it out, or the branch"
+        )
     ratio = lora.group.up_ratio
     if ratio <= 0 or (ratio != 1 and lora.kind not in WITH_UP):
         raise UserError(
@@ -145,6 +153,8 @@ def describe(own: Sequence[Adapter]) -> str:
                 texts.append("begun by SVD")
         if kind == "lokr" and (whole := sum(not one.is_scaled for one in these)):
             texts.append(f"both factors whole in {whole}, where rank and alpha have no influence")
+        if these[0].branch:
+            texts.append(f"for {'prompts' if these[0].branch == 'p' else 'negative prompts'} alone")
     return ", ".join(texts)
 
 
@@ -208,6 +218,7 @@ def _adapter(lora: LoraGroup, shape: tuple[int, ...]) -> Adapter:
         lora.rank_dropout,
         lora.factor,
         lora.svd,
+        lora.branch,
     )
 
 
