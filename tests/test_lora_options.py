@@ -6,12 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from ml_collections import ConfigDict
 from peft import LoraConfig, inject_adapter_in_model
 from peft.optimizers import create_loraplus_optimizer
 from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention
 
 from jaxft import low_rank, params, selection, warm_start
 from jaxft.errors import UserError
+from jaxft.formats import lora
 from jaxft.tuning import adapters
 from jaxft.tuning.adapters import Adapter
 from tests.test_adapters import LAYERS, bound, groups, tiny
@@ -75,6 +77,34 @@ def test_its_file_fits_the_model_as_it_was(kind, rng):
     same = adapters.result(own, begun, begun)["layer"]
     again = low_rank.merge(base, {"layer": same})["layer.weight"]
     np.testing.assert_allclose(again, weight, atol=1e-6)
+
+
+def test_one_that_began_by_svd_is_trained_on_from_its_file(rng, tmp_path):
+    """As a LoRA of twice the rank beside the model as it was: the weights go on as they were."""
+    model, alpha = tiny(rng), 2.0
+    chosen = [{"layers": "attn", "svd_init": True, "alpha": alpha}]
+    first = selection.begin(selection.select(groups(lora_unet=chosen), model), model)
+    trained = selection.initial(first, model, 0)
+    trained["lora_unet"] = {
+        n: v + 0.1 * rng.standard_normal(v.shape, np.float32)
+        for n, v in trained["lora_unet"].items()
+    }
+    lora.write_hcp(tmp_path, selection.lora(first, trained))
+    files = ConfigDict({"unet": [str(tmp_path / "unet.safetensors")], "TE": [], "words": {}})
+    chosen = [{"layers": "attn", "rank": 2 * RANK, "alpha": 2 * alpha}]
+    second = selection.select(groups(lora_unet=chosen), model)
+    second = warm_start.select(second, warm_start.read(files, model))
+    weights = {}
+    for selected, own in ((first, trained), (second, selection.initial(second, model, 0))):
+        host, factors = selection.frozen(selected, model, "unet"), own["lora_unet"]
+        for name in [name for name in factors if name.endswith(".down")]:
+            module = name.removesuffix(".lora.0.down")
+            scale = selected.adapters["unet"][module][0].scale
+            part = scale * factors[f"{module}.lora.0.up"] @ factors[name]
+            weights.setdefault(module, []).append(host[f"{module}.weight"] + part)
+    assert len(weights) == 32
+    for module, (theirs, ours) in weights.items():
+        np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=module)
 
 
 def test_a_selection_takes_out_of_the_model_what_its_loras_begin_as(rng):

@@ -16,11 +16,12 @@ import pytest
 from flax import nnx
 from ml_collections import FrozenConfigDict
 
-from jaxft import config, loss_options, params, step
+from jaxft import checkpoint, config, loss_options, params, step
 from jaxft.compiled import Programs
 from jaxft.diffusion import schedule
 from jaxft.models import layers
 from jaxft.models.clip import CLIPTextModel
+from jaxft.shapes import NEGATIVE
 from jaxft.tuning import adapters, optimizers
 from jaxft.tuning.adapters import Adapter
 from tests.test_loss_options import SD1
@@ -46,6 +47,7 @@ MODES = {
     "text_encoder": ("text_encoder",),
     "words": ("words",),
     "all": ("unet", "text_encoder", "words"),
+    "guided": ("words", "lora"),  # pairs of words, and LoRAs of two branches
     **{kind: (kind,) for kind in ("lora", "loha", "lokr", "dora", "oft")},
 }
 ERRORS: dict[str, dict[str, Any]] = {
@@ -81,8 +83,8 @@ ALIKE = ("smooth", "loha", "lokr", "dora", "oft")
 """Options that run as another one does: traced alone."""
 
 
-MORE = [("mse", kind) for kind in ("loha", "lokr", "dora", "oft")]
-"""Other adapters, traced with the plain error."""
+MORE = [("mse", mode) for mode in ("guided", "loha", "lokr", "dora", "oft")]
+"""Other modes, traced with the plain error."""
 
 
 def covering() -> list[dict[str, Any]]:
@@ -108,7 +110,7 @@ class Case:
         self.row, rng = row, np.random.default_rng(1)
         parts = MODES[row["mode"]]
         kinds = {*parts} & {"lora", "loha", "lokr", "dora", "oft"}
-        own = {}
+        own, guided = {}, row["mode"] == "guided"
         for kind in kinds:
             own = {name: [Adapter("g", shape, 2, 2.0, 0.0, kind)] for name, shape in HOSTS.items()}
         network, shapes = params.abstract(lambda: adapters.attach(Network(), own))
@@ -124,9 +126,9 @@ class Case:
             "words": {"pt": rng.standard_normal((2, 16), np.float32)},
         }
         self.trainable = {part: weights[part] for part in parts if part in weights}
-        for kind in kinds:
-            self.trainable["lora_unet"] = adapters.init(own, 0, weights["unet"])
-            assert kind == row["mode"]
+        sides = ("", NEGATIVE) if guided else ("",)
+        for side in sides if kinds else ():
+            self.trainable[f"lora_{side}unet"] = adapters.init(own, 0, weights["unet"])
         used = {"unet", *(("text_encoder",) if self.reads else ())}
         self.frozen = jax.tree.map(
             jnp.asarray, {n: {} if n in self.trainable else weights[n] for n in used}
@@ -134,8 +136,10 @@ class Case:
         noising = schedule.from_config(SD1 | {"prediction_type": row["kind"]})
         loss = BASE["loss"] | {"criterion": ERRORS[row["error"]], "target": row["target"]}
         loss["normalise_mask"] = row["mask"] == "normalised"
-        how = loss_options.from_config(FrozenConfigDict(BASE | {"loss": loss}), noising)
-        networks = {"unet": network} | ({"text_encoder": encoder} if self.reads else {})
+        scale = {"cfg_scale": "3.0" if guided else "1.0"}
+        how = loss_options.from_config(FrozenConfigDict(BASE | scale | {"loss": loss}), noising)
+        networks = {f"{side}unet": network for side in sides}
+        networks |= {"text_encoder": encoder} if self.reads else {}
         self.objective = step.Objective(networks, noising, 1.0, jnp.float32, loss=how)
         self.key = jax.random.key(3)
 
@@ -150,6 +154,9 @@ class Case:
             made["input_ids"][:, :, -1] = 49
             if "words" in self.trainable:
                 made["input_ids"][:, :, 3:5] = WORD, WORD + 1
+            if self.row["mode"] == "guided":
+                made["negative_input_ids"] = made["input_ids"].copy()
+                made["negative_input_ids"][:, :, 3:5] = WORD + 1, 7
         else:
             made["encoder_hidden_states"] = rng.standard_normal((2, 77, 16)).astype(np.float32)
         if self.row["mask"] != "none":
@@ -179,7 +186,7 @@ def test_all_combinations_are_programs():
 
 
 @pytest.mark.parametrize("row", covering(), ids=lambda row: "-".join(map(str, row.values())))
-def test_a_run_changes_what_it_trains_and_resumes(row):
+def test_a_run_changes_what_it_trains_and_resumes(row, tmp_path):
     case, mesh = Case(row), one_device()
     labels = {part: dict.fromkeys(own, "all") for part, own in case.trainable.items()}
     optimizer = optimizers.grouped(labels, {"all": optimizers.adamw(1e-2)}, 1.0)
@@ -207,7 +214,12 @@ def test_a_run_changes_what_it_trains_and_resumes(row):
         return jax.device_get(state)
 
     half = steps(start, 0, 2)
-    resumed = steps(jax.tree.map(jnp.array, half), 2, 3)
+    kept = checkpoint.Checkpoints(tmp_path, keep=1)
+    kept.save(2, jax.tree.map(jnp.array, half), {})
+    kept.wait()
+    restored, _ = kept.restore(2, programs.state(case.trainable))
+    kept.close()
+    resumed = steps(restored, 2, 3)
     again = programs.init(jax.tree.map(jnp.array, case.trainable))
     whole = steps(again, 0, 3)
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
