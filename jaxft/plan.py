@@ -99,8 +99,7 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
     begun, opened = _begin(config)
     model = controls.add(config, begun.model)
     noising = schedule.from_config(model.scheduler, str(model.folder / "scheduler_config.json"))
-    images = _images_per_update(config, mesh.size)
-    train, factors = config.train, {True: images, False: 1}
+    train, factors = config.train, {True: _images_per_update(config, mesh.size), False: 1}
     vocabulary = words.read(
         config.tokenizer_pt,
         model,
@@ -120,7 +119,6 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
     datasets.check_latent_caches(config, sets)
     datasets.check_text_caches(config, selected.labels, [*sets, *held_out])
     total_steps = _total_steps(train, sets[0].num_batches)
-    profiling.check(train.profile, total_steps)
     preview = previews.read(config, model, vocabulary)
     steered = optimization.from_config(config, selected, model, total_steps)
     return Plan(
@@ -223,9 +221,11 @@ def _check_counts(config: Config) -> None:
 
 
 def _total_steps(train: Config, num_batches: int) -> int:
-    if train.train_epochs is None:
-        return train.train_steps
-    return -(-train.train_epochs * num_batches // train.gradient_accumulation_steps)
+    total = train.train_steps
+    if train.train_epochs is not None:
+        total = -(-train.train_epochs * num_batches // train.gradient_accumulation_steps)
+    profiling.check(train.profile, total)
+    return total
 
 
 def _images_per_update(config: Config, num_devices: int) -> int:

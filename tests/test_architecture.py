@@ -18,7 +18,7 @@ LAYERS = (
     {"diffusion", "foreign", "formats", "tuning"},
     {"origins"},
     {"compat", "config", "merging", "selection", "step"},
-    {"averaging", "controls", "loss_options", "sampling", "warm_start", "words"},
+    {"averaging", "controls", "loss_options", "profiling", "sampling", "warm_start", "words"},
     {"datasets", "optimization", "sample"},
     {"previews"},
     {"compiled", "explain", "inspection", "pickled", "plan", "start", "verify"},
