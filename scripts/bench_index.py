@@ -40,8 +40,8 @@ RECIPE = {
 
 MEASURED = """
 import sys
-from jaxft import plan
-plan.main(sys.argv[1:])
+from jaxft import planning
+planning.main(sys.argv[1:])
 print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 """
 """Plans, and says the most memory that it had; what the kernel says of a child is the parent's."""
