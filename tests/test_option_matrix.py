@@ -34,12 +34,33 @@ WORD = TEXT["vocab_size"]
 class Network(nnx.Module):
     """Asks as a UNet is asked, of states of width 16."""
 
-    def __init__(self):
-        self.proj, self.text = layers.Linear(4, 4), layers.Linear(16, 4)
+    def __init__(self, channels: int = 4):
+        self.proj, self.text = layers.Linear(channels, 4), layers.Linear(16, 4)
 
     def __call__(self, x: Any, timesteps: Any, states: Any, added: Any, residuals: Any) -> Any:
         seen = self.text(states.astype(x.dtype)).mean(axis=1)[:, None, None]
+        seen = seen if residuals is None else seen + residuals
         return self.proj(x) + seen + (timesteps[:, None, None, None] / 1000).astype(x.dtype)
+
+
+class Control(nnx.Module):
+    """Asks as a ControlNet is asked."""
+
+    def __init__(self):
+        self.proj = layers.Linear(3, 4)
+
+    def __call__(self, x: Any, timesteps: Any, states: Any, image: Any, added: Any) -> Any:
+        return self.proj(image[:, ::8, ::8].astype(x.dtype))
+
+
+class Coder(nnx.Module):
+    """Encodes as a VAE does."""
+
+    def __init__(self):
+        self.proj = layers.Linear(3, 8)
+
+    def encode(self, images: Any) -> Any:
+        return self.proj(images[:, ::8, ::8])
 
 
 MODES = {
@@ -48,6 +69,8 @@ MODES = {
     "words": ("words",),
     "all": ("unet", "text_encoder", "words"),
     "guided": ("words", "lora"),  # pairs of words, and LoRAs of two branches
+    "controlnet": ("controlnet",),
+    "inpainting": ("unet",),
     **{kind: (kind,) for kind in ("lora", "loha", "lokr", "dora", "oft")},
 }
 ERRORS: dict[str, dict[str, Any]] = {
@@ -79,11 +102,11 @@ def pairs(row: dict[str, Any]) -> set[Any]:
     return {*itertools.combinations(row.items(), 2)}
 
 
-ALIKE = ("smooth", "loha", "lokr", "dora", "oft")
+ALIKE = ("smooth", "controlnet", "inpainting", "loha", "lokr", "dora", "oft")
 """Options that run as another one does: traced alone."""
 
 
-MORE = [("mse", mode) for mode in ("guided", "loha", "lokr", "dora", "oft")]
+MORE = [("mse", mode) for mode in MODES if mode not in ("unet", "lora")]
 """Other modes, traced with the plain error."""
 
 
@@ -113,7 +136,9 @@ class Case:
         own, guided = {}, row["mode"] == "guided"
         for kind in kinds:
             own = {name: [Adapter("g", shape, 2, 2.0, 0.0, kind)] for name, shape in HOSTS.items()}
-        network, shapes = params.abstract(lambda: adapters.attach(Network(), own))
+        channels = 9 if row["mode"] == "inpainting" else 4
+        network, shapes = params.abstract(lambda: adapters.attach(Network(channels), own))
+        nets = {"controlnet": params.abstract(Control), "vae": params.abstract(Coder)}
         encoder, text = params.abstract(lambda: CLIPTextModel(TEXT))
         self.reads = bool({"text_encoder", "words"} & {*parts})
 
@@ -123,13 +148,15 @@ class Case:
         weights = {
             "unet": drawn({n: s for n, s in shapes.items() if ".lora." not in n}),
             "text_encoder": drawn(text),
+            **{name: drawn(own) for name, (_, own) in nets.items()},
             "words": {"pt": rng.standard_normal((2, 16), np.float32)},
         }
         self.trainable = {part: weights[part] for part in parts if part in weights}
         sides = ("", NEGATIVE) if guided else ("",)
         for side in sides if kinds else ():
             self.trainable[f"lora_{side}unet"] = adapters.init(own, 0, weights["unet"])
-        used = {"unet", *(("text_encoder",) if self.reads else ())}
+        more = {"controlnet": "controlnet", "inpainting": "vae"}.get(row["mode"])
+        used = {"unet", *(("text_encoder",) if self.reads else ()), *((more,) if more else ())}
         self.frozen = jax.tree.map(
             jnp.asarray, {n: {} if n in self.trainable else weights[n] for n in used}
         )
@@ -140,6 +167,7 @@ class Case:
         how = loss_options.from_config(FrozenConfigDict(BASE | scale | {"loss": loss}), noising)
         networks = {f"{side}unet": network for side in sides}
         networks |= {"text_encoder": encoder} if self.reads else {}
+        networks |= {more: nets[more][0]} if more else {}
         self.objective = step.Objective(networks, noising, 1.0, jnp.float32, loss=how)
         self.key = jax.random.key(3)
 
@@ -159,6 +187,11 @@ class Case:
                 made["negative_input_ids"][:, :, 3:5] = WORD + 1, 7
         else:
             made["encoder_hidden_states"] = rng.standard_normal((2, 77, 16)).astype(np.float32)
+        pixels = rng.integers(0, 256, (2, 96, 32, 3)).astype(np.uint8)
+        if self.row["mode"] == "controlnet":
+            made["conditioning_pixel_values"] = pixels
+        if self.row["mode"] == "inpainting":
+            made |= {"pixel_values": pixels, "inpaint_mask": pixels[..., 0] % 2}
         if self.row["mask"] != "none":
             made["mask"] = rng.random((2, 12, 4)).astype(np.float32)
         return made
