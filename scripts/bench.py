@@ -66,6 +66,10 @@ matrices, measured here; `input_share` that of a step in which its batch is put 
 programs take at the most, `peak_mib` what the device says that the system has held."""
 
 
+NO_OPTIONS = ("architectures", "model_type")
+"""Keys of a text encoder's configuration that its class does not take."""
+
+
 class Batch(NamedTuple):
     """One step's input, NumPy."""
 
@@ -181,7 +185,7 @@ class Theirs:
         self, form: str, unet: dict, text: dict, weights: step.Weights, dtype: Any, flops: int
     ):
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        config = {k: v for k, v in text.items() if k not in ("architectures", "model_type")}
+        config = {k: v for k, v in text.items() if k not in NO_OPTIONS}
         self.unet: Any = diffusers.UNet2DConditionModel.from_config(unet)
         self.text: Any = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
         bare = {k.removeprefix("text_model."): v for k, v in weights["text_encoder"].items()}
@@ -230,6 +234,25 @@ PEERS = {
 """Forms of diffusers' UNet."""
 
 
+def architecture(model: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Configurations of a UNet of `MODELS`, and of a text encoder that goes with it."""
+    unet = random_model.UNET | MODELS[model]
+    unet |= {"norm_num_groups": 32, "attention_head_dim": 8} if model != "tiny" else {}
+    return unet, TEXT | {
+        "vocab_size": 600,
+        "hidden_size": unet["cross_attention_dim"],
+        "bos_token_id": 598,
+        "eos_token_id": 599,
+    }
+
+
+def tokens(rng: np.random.Generator, count: int, vocab_size: int) -> np.ndarray:
+    """Prompts of random tokens, int32 [b, 1, 77]; the last one ends them."""
+    ids = rng.integers(0, vocab_size - 2, (count, 1, 77)).astype(np.int32)
+    ids[:, :, -1] = vocab_size - 1
+    return ids
+
+
 def make_batches(args: argparse.Namespace, vocab_size: int) -> list[Batch]:
     """Random batches and the draws that jaxft's step makes for them."""
     rng = np.random.default_rng(0)
@@ -237,10 +260,8 @@ def make_batches(args: argparse.Namespace, vocab_size: int) -> list[Batch]:
     batches = []
     for n in range(args.steps + args.warmup):
         key = step.batch_key(jax.random.key(0), n, 0, 0)
-        ids = rng.integers(0, vocab_size - 2, (args.batch, 1, 77)).astype(np.int32)
-        ids[:, :, -1] = vocab_size - 1
         arrays = {
-            "input_ids": ids,
+            "input_ids": tokens(rng, args.batch, vocab_size),
             "weight": np.ones(args.batch, np.float32),
             "moments": rng.standard_normal((*shape, 8)).astype(np.float32),
         }
@@ -250,15 +271,7 @@ def make_batches(args: argparse.Namespace, vocab_size: int) -> list[Batch]:
 
 def train(args: argparse.Namespace) -> None:
     """Steps of all systems in turn, and the report."""
-    unet = random_model.UNET | MODELS[args.model]
-    unet |= {"norm_num_groups": 32, "attention_head_dim": 8} if args.model != "tiny" else {}
-    width = unet["cross_attention_dim"]
-    text = TEXT | {
-        "vocab_size": 600,
-        "hidden_size": width,
-        "bos_token_id": 598,
-        "eos_token_id": 599,
-    }
+    unet, text = architecture(args.model)
     rng = np.random.default_rng(0)
     weights = {
         name: random_model.random_params(params.abstract(network)[1], rng)

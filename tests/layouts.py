@@ -39,7 +39,7 @@ UNET: dict[str, Any] = {
     "attention_head_dim": 4,
 }
 COLLECTIVES = (
-    r"= \(?(\w+)\[([\d,]*)\][^=]*? "
+    r"= \(?([^=()]*)\)? "
     r"(all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute)(?:-start)?\("
 )
 
@@ -96,14 +96,19 @@ class Training:
             state = programs.average(state, 0.1)
             losses.append(float(metrics.losses[0][0]))
         (text,) = (p.as_text() for name, p in programs._compiled.items() if name not in NAMES)
-        said = [
-            (kind, int(np.prod([int(size) for size in shape.split(",") if size])))
-            for _, shape, kind in re.findall(COLLECTIVES, text)
-        ]
-        return losses, state, said
+        return losses, state, communication(text)
 
 
 NAMES = ("update", "average")
+
+
+def communication(program: str) -> list[tuple[str, int]]:
+    """Of each array that a compiled program exchanges, how, and how many numbers come out."""
+    return [
+        (kind, int(np.prod([int(size) for size in shape.split(",") if size])))
+        for shapes, kind in re.findall(COLLECTIVES, re.sub(r"/\*.*?\*/", "", program))
+        for shape in re.findall(r"\w+\[([\d,]*)\]", shapes)
+    ]
 
 
 def is_split(leaf: Any) -> bool:

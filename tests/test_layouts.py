@@ -57,3 +57,17 @@ def test_devices_exchange_weights_and_gradients_alone(found, name):
     gathered = [size for kind, size in said if kind == "all-gather"]
     assert bool(gathered) == (fsdp > 1)
     assert set(gathered) <= weights
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_each_gradient_is_added_up_once(found, name):
+    """Besides them the loss, and by what it is divided. XLA on a CPU adds up whole gradients, of
+    which a device then keeps its share; a reduce-scatter does both."""
+    fsdp = int(name.partition("x")[2])
+    added = sum(
+        size * (fsdp if kind == "reduce-scatter" else 1)
+        for kind, size in found[name]["collectives"]
+        if kind != "all-gather"
+    )
+    weights = Training().trainable["unet"].values()
+    assert added == sum(weight.size for weight in weights) + 2
