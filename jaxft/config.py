@@ -192,9 +192,11 @@ def _run_python(path: Path) -> dict[str, Any]:
 
 
 def _plain(node: Any) -> Any:
-    """Keys are text, sequences are lists; `_partial_`, of which nothing depends, is gone."""
+    """Text keys, lists, the home folder for `~/`; `_partial_`, which changes nothing, is gone."""
     if isinstance(node, dict):
         return {str(key): _plain(value) for key, value in node.items() if key != "_partial_"}
+    if isinstance(node, str) and node.startswith("~/"):
+        return str(Path(node).expanduser())
     return [_plain(item) for item in node] if isinstance(node, list | tuple) else node
 
 
@@ -205,7 +207,7 @@ def _from_command_line(overrides: Sequence[str], reference: Schema) -> dict[str,
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
             raise UserError(f"command line: {override!r} is no key=value")
-        *parents, last = key.split(".")
+        *parents, last = re.sub(r"\[(\d+)\]", r".\1", key).split(".")
         node = tree
         for parent in parents:
             if not isinstance(node.get(parent), dict):
@@ -359,9 +361,6 @@ def _resolve(tree: dict[str, Any], layers: list[Layer]) -> dict[str, Any]:
 def _first_line(error: Exception) -> str:
     """OmegaConf's message without its report on types."""
     return str(error).split("\n", 1)[0]
-
-
-# ------------------------------------------------------------------------------------- result
 
 
 def _check_keys(tree: dict[str, Any], path: tuple[str, ...]) -> None:

@@ -138,7 +138,7 @@ def test_empty_captions_are_used_and_told(folder, data):
 def test_what_is_no_file_is_no_caption(folder):
     os.mkfifo(folder / "0.txt")
     (folder / "0.caption").symlink_to("0.caption")
-    with pytest.raises(UserError, match=r"0\.png: no caption"):
+    with pytest.raises(UserError, match=r"0\.png: no caption\n.*missing_captions: empty"):
         source.index(folder, caption_file=folder)
     (folder / "0.caption").unlink()
     (folder / "0.caption").mkdir()

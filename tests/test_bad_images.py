@@ -174,7 +174,7 @@ def test_what_is_no_file_is_named(tmp_path):
     ("make", "recursive", "told"),
     [
         (lambda root: None, False, "does not exist"),
-        (lambda root: root.write_text("x"), False, "does not exist"),
+        (lambda root: root.write_text("x"), False, "is a file, not a folder"),
         (lambda root: root.mkdir(), False, "holds no images; their names end in"),
         (lambda root: (root / "sub").mkdir(parents=True), False, "subfolders are not searched"),
         (lambda root: (root / "sub").mkdir(parents=True), True, "holds no images; their names"),

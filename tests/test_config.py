@@ -78,6 +78,17 @@ def test_another_target_starts_anew_and_the_same_one_is_merged(write):
     assert alone.to_dict() == {"_target_": "FixedBucket"}
 
 
+def test_paths_at_home_and_places_in_lists_are_written_in_the_usual_ways(write, monkeypatch):
+    """A folder that is called ~ is what nobody wants, and a shell leaves `key=~/path` as it is."""
+    monkeypatch.setenv("HOME", "/somewhere")
+    own = write("own.yaml", "home: ~/a\nexp_dir: ${home}/run\nunet: [{lr: 1, layers: ['']}]")
+    loaded = load(own, MODEL, "data.d.source.s.img_root=~/imgs", "unet[0].lr=1e-5")
+    assert loaded.exp_dir == "/somewhere/a/run"
+    assert loaded.data.d.source.s.img_root == "/somewhere/imgs"
+    assert loaded.unet["0"].lr == 1e-5
+    assert loaded.index_cache.startswith("/somewhere/")
+
+
 def test_another_kind_of_dataset_keeps_what_its_bases_say(write):
     """All that HCP-Diffusion has are the same here, so that nothing depends on which it is."""
     source = "{s: {_target_: hcpdiff.data.source.Text2ImageSource, img_root: i, flip: true}}"

@@ -57,7 +57,8 @@ def find(
     if folder.is_file() and folder.name.endswith(shards.SUFFIXES):
         return _in_tars(folder.parent, [folder.name], kept)
     if not folder.is_dir():
-        raise UserError(f"{key}: the folder {folder} does not exist")
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise UserError(f"{key}: {folder} {what}")
     found = _search(folder, {path.resolve() for path in without}, recursive)
     if found.tars and not found.names and not found.problems:
         return _in_tars(folder, sorted(found.tars), kept)

@@ -212,11 +212,15 @@ def _check_usable(img_root: str | Path, problems: list[str]) -> None:
     """One `UserError` with everything that must be mended."""
     if not problems:
         return
-    more = len(problems) - _MOST_TOLD
+    told, more = problems[:_MOST_TOLD], len(problems) - _MOST_TOLD
+    if more > 0:
+        told.append(f"and {more} more")
+    if any(problem.endswith(": no caption") for problem in problems):
+        told.append("(missing_captions: empty trains those without a caption with an empty one)")
     raise UserError(
         f"{img_root}: {len(problems)} of its images and captions cannot be used; mend or "
         + "remove these files:\n  "
-        + "\n  ".join(problems[:_MOST_TOLD] + ([f"and {more} more"] if more > 0 else []))
+        + "\n  ".join(told)
     )
 
 
