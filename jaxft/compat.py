@@ -6,6 +6,7 @@ of these names do as well: `RatioBucket.from_files`, `AdamW`.
 
 import difflib
 import inspect
+import re
 import typing
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -177,8 +178,7 @@ def build(node: FrozenConfigDict | Mapping[str, Any], kind: str, where: str, **e
             hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
             raise UserError(f"{where}.{option}: unknown option; {hint}")
         if option in types and not _fits(value, types[option]):
-            wanted = inspect.formatannotation(types[option])
-            raise UserError(f"{where}.{option}: {value!r} is not of the type {wanted}")
+            raise UserError(f"{where}.{option}: {_misfit(value, types[option])}")
     missing = [
         name
         for name in known
@@ -207,6 +207,27 @@ def _lookup(name: Any, kind: str, where: str) -> Callable[..., Any]:
     raise UserError(
         f"{where}._target_: {name} is no {kind} of jaxft; {hint}choose one of {', '.join(choices)}"
     )
+
+
+def _misfit(value: Any, wanted: Any) -> str:
+    text = f"{value!r} must be {_words(wanted)}"
+    if isinstance(value, str) and re.fullmatch(r"[\d.]+(\s*[-+*/]\s*[\d.]+)+", value):
+        return f'{text}; a sum is written ${{hcp.eval:"{value}"}}'
+    return text
+
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_WORDS |= {NoneType: "null"}
+
+
+def _words(wanted: Any) -> str:
+    """An annotated type as users would say it."""
+    origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (typing.Union, UnionType):
+        return " or ".join(map(_words, inner))
+    if isinstance(origin, type) and issubclass(tuple, origin):
+        return f"a list, each {_words(inner[0])}"
+    return _WORDS.get(wanted, inspect.formatannotation(wanted))
 
 
 def _fits(value: Any, wanted: Any) -> bool:

@@ -103,6 +103,12 @@ def test_a_sampler_is_built_as_diffusers_writes_its_configuration(tmp_path: Path
             "bucket",
             "w.target_area",
         ),
+        (
+            {"_target_": "RatioBucket.from_files", "target_area": "512*768"},
+            "bucket",
+            "w.target_area: '512*768' must be a number or a list, each a number; a sum is written "
+            '${hcp.eval:"512*768"}',
+        ),
         ({"_target_": "FixedBucket", "sizes": []}, "bucket", "w.sizes: unknown option"),
         ({"_target_": "FixedBucket", "_args_": []}, "bucket", "w._args_: unknown option"),
         ({"_target_": "DDIMScheduler", "_args_": []}, "sampler", "w._args_: unknown option"),
