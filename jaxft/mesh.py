@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxft.errors import UserError
@@ -48,10 +48,20 @@ def spec(shape: tuple[int, ...], fsdp: int) -> P:
     return P(*("fsdp" if axis == split else None for axis in range(split + 1)))
 
 
-def shardings(mesh: Mesh, tree: Any) -> Any:
+def shardings(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     """The sharding of every leaf (anything with a shape) of a tree of weights or moments."""
     fsdp = mesh.shape["fsdp"]
     return jax.tree.map(lambda leaf: NamedSharding(mesh, spec(leaf.shape, fsdp)), tree)
+
+
+def share(mesh: Mesh | AbstractMesh, weights: Any) -> float:
+    """What one device holds of a tree of weights (anything with a shape); 1: all of it."""
+    shapes = [leaf.shape for leaf in jax.tree.leaves(weights)]
+    held = [
+        where.shard_shape(shape)
+        for where, shape in zip(jax.tree.leaves(shardings(mesh, weights)), shapes, strict=True)
+    ]
+    return float(sum(map(np.prod, held)) / sum(map(np.prod, shapes)))
 
 
 def gathered(mesh: Mesh, weights: Any) -> Any:

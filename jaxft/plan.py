@@ -239,6 +239,9 @@ def describe(plan: Plan) -> str:
     config, train = plan.config, plan.config.train
     devices = f"{plan.mesh.size} × {jax.devices()[0].device_kind}"
     layout = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.shape.items())
+    if plan.mesh.shape["fsdp"] > 1:
+        networks = {name: part.params for name, part in plan.model.parts.items()}
+        layout += f", each with {meshes.share(plan.mesh, networks):.1%} of the weights"
     schedule_name = train.scheduler.name
     ending = ", down to noise alone" if plan.noising.alphas_cumprod[-1] == 0 else ""
     length = (

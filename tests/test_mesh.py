@@ -79,3 +79,11 @@ def test_devices_share_out_weights_moments_and_average(configs):
             meshes.shardings(mesh, state),
         )
         assert meshes.bytes_on_a_device(placed) == (whole - kept) / fsdp + kept
+
+
+def test_the_share_of_a_device_tells_of_widths_that_cannot_be_divided():
+    """Seven is in none of 320, 640, 1280, 768 and 4."""
+    _, shapes = params.abstract(lambda: UNet2DConditionModel(published.SD15.parts["unet"]))
+    for fsdp, share in {1: 1, 2: 1 / 2, 4: 1 / 4, 7: 1}.items():
+        mesh = AbstractMesh((1, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+        assert meshes.share(mesh, shapes) == pytest.approx(share, abs=1e-3)
