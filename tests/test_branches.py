@@ -11,8 +11,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch.func import functional_call
 
+from jaxft import assembly, low_rank, params, plan, records, selection, step, train
 from jaxft import config as configs
-from jaxft import low_rank, params, plan, selection, step, train
 from jaxft.diffusion import guidance, losses
 from jaxft.errors import UserError
 from jaxft.formats import diffusers_folder, lora
@@ -206,6 +206,27 @@ def test_a_branch_alone_leaves_the_other_prompts_to_the_network_as_it_is(overrid
     assert not negative
     assert made.selection.adapters.keys() == {"unet", "negative_unet"}
     assert selection.has_branches(made.selection)
+
+
+def test_of_xl_both_text_encoders_have_branches(overrides, folders):
+    """Traced only: the loss asks both sides; files are named as in HCP-Diffusion."""
+    model = f"model.pretrained_model_name_or_path={folders('sdxl')[1]}"
+    made = plan.prepare(*configs.load(EXAMPLE, [*overrides, model]))
+    run, begun = assembly.outline(made), assembly.initial(made)
+    encoders = ("text_encoder", "text_encoder_2")
+    assert {f"negative_{n}" for n in ("unet", *encoders)} < run.objective.networks.keys()
+    (batch,) = assembly.one_of_each_shape(run.plan.datasets[0])
+    shapes = assembly.initial_shapes(made)
+    found = jax.eval_shape(
+        lambda t, f, b: step.loss(run.objective, t, f, b, jax.random.key(0)),
+        *(shapes, run.frozen, batch),
+    )
+    assert found.shape == ()
+    files = records.parts_of(made, begun, {})
+    assert files.keys() == {*FILES}
+    for end in ("", "-neg"):
+        names = files[f"text_encoder{end}"]["lora"]
+        assert {name.split(".")[0] for name in names} == {"clip_B", "clip_bigG"}
 
 
 # ---------------------------------------------------------------------------------------- sampling
