@@ -254,10 +254,9 @@ def gradients(
 
     def loss_of(trained: Weights) -> tuple[Array, Judged]:
         found = judged(objective, gathered(trained), gathered(frozen), batch, key, memory)
-        return found.loss, found
+        return factor * found.loss, found
 
     (_, found), grads = jax.value_and_grad(loss_of, has_aux=True)(_whole(trainable))
-    grads = jax.tree.map(lambda g: factor * g, grads)
     return found, grads if total is None else jax.tree.map(jnp.add, total, grads)
 
 

@@ -5,7 +5,6 @@ is that of the activations; the statistics of norms are float32. Layers are only
 `nnx.eval_shape`, so they hold zeros: weights come from files.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -37,7 +36,7 @@ class Linear(nnx.Module):
 
 
 FEW_PIXELS = 16
-"""Below so many pixels of output a CPU is quicker with one product for each tap of the kernel."""
+"""Below so many pixels of output a CPU is quicker with one product."""
 
 
 class Conv2d(nnx.Module):
@@ -69,7 +68,7 @@ class Conv2d(nnx.Module):
         if weight.shape[2:] == (1, 1):
             return jnp.einsum("bhwi,oi->bhwo", x, weight[:, :, 0, 0])
         if self._few_pixels(x):
-            return self._sum_of_taps(x, weight)
+            return self._product_of_taps(x, weight)
         return jax.lax.conv_general_dilated(
             x,
             weight.transpose(2, 3, 1, 0),
@@ -86,16 +85,19 @@ class Conv2d(nnx.Module):
     def _few_pixels(self, x: Array) -> bool:
         return jax.default_backend() == "cpu" and math.prod(self._output_size(x)) < FEW_PIXELS
 
-    def _sum_of_taps(self, x: Array, weight: Any) -> Array:
+    def _product_of_taps(self, x: Array, weight: Array) -> Array:
+        """One product, of the values under all taps of the kernel side by side."""
         height, width = self._output_size(x)
         x = jnp.pad(x, ((0, 0), self.padding, self.padding, (0, 0)))
 
-        def tap(i: int, j: int) -> Array:
+        def under(i: int, j: int) -> Array:
             rows = slice(i, i + (height - 1) * self.stride + 1, self.stride)
             columns = slice(j, j + (width - 1) * self.stride + 1, self.stride)
-            return jnp.einsum("bhwi,oi->bhwo", x[:, rows, columns], weight[:, :, i, j])
+            return x[:, rows, columns]
 
-        return functools.reduce(jnp.add, (tap(i, j) for i, j in np.ndindex(*weight.shape[2:])))
+        taps = [under(i, j) for i, j in np.ndindex(*weight.shape[2:])]
+        kernel = weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0])
+        return jnp.concatenate(taps, axis=-1) @ kernel
 
 
 class GroupNorm(nnx.Module):
