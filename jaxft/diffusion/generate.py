@@ -13,7 +13,7 @@ from jaxft.diffusion.samplers import Table, sample
 from jaxft.models.encoder import Added
 from jaxft.models.vae import as_images, beside, sample_latents
 from jaxft.params import bind, cast
-from jaxft.shapes import Latents, Pixels, TextStates
+from jaxft.shapes import Images, Latents, Pixels, TextStates
 
 
 class Side(NamedTuple):
@@ -85,52 +85,59 @@ def program(
         dtype: of text encoder and UNet, and of the decoder unless it is float16, in which
             decoders overflow: then float32. The sample itself is float32 always.
     """
+    text_layer = {"clip_skip": clip_skip, "final_norm": final_norm}
+    return jax.jit(functools.partial(_run, structures, scaling_factor, dtype, text_layer))
+
+
+def _run(
+    structures: Networks,
+    scaling_factor: float,
+    dtype: Any,
+    text_layer: dict[str, Any],
+    weights: Networks,
+    prompts: Sequence[Prompts],
+    scale: float,
+    noise: Latents,
+    table: Table,
+    seen: Seen,
+    strength: float,
+) -> tuple[Pixels, Bool[jax.Array, " b"]]:
+    """See `program`."""
     decoder_dtype = jnp.float32 if dtype == jnp.float16 else dtype
+    each = len(prompts) // len(structures.sides)
+    vae = bind(structures.vae, cast(weights.vae, decoder_dtype))
+    height, width = (side * vae.scale for side in noise.shape[1:3])
+    sizes = jnp.array([height, width, 0, 0, height, width], jnp.float32)
+    asked = []
+    for number, (structure, own) in enumerate(zip(structures.sides, weights.sides, strict=True)):
+        of_side = prompts[number * each : (number + 1) * each]
+        unet, states, pooled = _asked(structure, own, of_side, dtype, text_layer)
+        asked.append((unet, states, Added(pooled, jnp.tile(sizes, (len(pooled), 1)))))
 
-    def run(
-        weights: Networks,
-        prompts: Sequence[Prompts],
-        scale: float,
-        noise: Latents,
-        table: Table,
-        seen: Seen,
-        strength: float,
-    ):
-        each = len(prompts) // len(structures.sides)
-        vae = bind(structures.vae, cast(weights.vae, decoder_dtype))
-        height, width = (side * vae.scale for side in noise.shape[1:3])
-        sizes = jnp.array([height, width, 0, 0, height, width], jnp.float32)
-        asked = []
-        for number, structure in enumerate(structures.sides):
-            unet, text_encoders = _bound(structure, weights.sides[number], dtype)
-            of_side = prompts[number * each : (number + 1) * each]
-            told = [_conditions(text_encoders, p, clip_skip, final_norm) for p in of_side]
-            states, pooled = (jnp.concatenate(parts) for parts in zip(*told, strict=True))
-            asked.append((unet, states, Added(pooled, jnp.tile(sizes, (len(pooled), 1)))))
+    rest, control, hint = _rest(vae, seen, scaling_factor), None, None
+    if seen.condition is not None:
+        control = bind(structures.controlnet, cast(weights.controlnet, dtype))
+        hint = jnp.concatenate([seen.condition.astype(jnp.float32) / 255] * each)
 
-        rest, control, hint = _rest(vae, seen, scaling_factor), None, None
-        if seen.condition is not None:
-            control = bind(structures.controlnet, cast(weights.controlnet, dtype))
-            hint = jnp.concatenate([seen.condition.astype(jnp.float32) / 255] * each)
+    def denoise(x: Latents, timestep: jax.Array) -> jax.Array:
+        x = x if rest is None else jnp.concatenate([x, rest], axis=-1)
+        x = jnp.concatenate([x.astype(dtype)] * each)
+        times, answers = jnp.full(len(x), timestep), []
+        for unet, states, added in asked:
+            residuals = control and control(x, times, states, hint, added)
+            residuals = jax.tree.map(lambda r: strength * r, residuals)
+            answers.append(unet(x, times, states, added, residuals))
+        first, *others = jnp.split(jnp.concatenate(answers).astype(jnp.float32), len(prompts))
+        return first + scale * (others[0] - first) if others else first
 
-        def denoise(x: Latents, timestep: jax.Array) -> jax.Array:
-            x = x if rest is None else jnp.concatenate([x, rest], axis=-1)
-            x = jnp.concatenate([x.astype(dtype)] * each)
-            times, answers = jnp.full(len(x), timestep), []
-            for unet, states, added in asked:
-                residuals = control and control(x, times, states, hint, added)
-                residuals = jax.tree.map(lambda r: strength * r, residuals)
-                answers.append(unet(x, times, states, added, residuals))
-            first, *others = jnp.split(jnp.concatenate(answers).astype(jnp.float32), len(prompts))
-            return first + scale * (others[0] - first) if others else first
+    latents = sample(denoise, noise, table)
+    images = vae.decode((latents / scaling_factor).astype(decoder_dtype)).astype(jnp.float32)
+    return _as_pixels(images), jnp.all(jnp.isfinite(images), axis=(1, 2, 3))
 
-        latents = sample(denoise, noise, table)
-        images = vae.decode((latents / scaling_factor).astype(decoder_dtype)).astype(jnp.float32)
-        finite = jnp.all(jnp.isfinite(images), axis=(1, 2, 3))
-        pixels = jnp.round(jnp.clip(images / 2 + 0.5, 0, 1) * 255)
-        return jnp.nan_to_num(pixels).astype(jnp.uint8), finite
 
-    return jax.jit(run)
+def _as_pixels(images: Images) -> Pixels:
+    rounded = jnp.round(jnp.clip(images / 2 + 0.5, 0, 1) * 255)
+    return jnp.nan_to_num(rounded).astype(jnp.uint8)
 
 
 def guided_by(scale: float, negative: Any, positive: Any) -> list[Any]:
@@ -164,17 +171,23 @@ def _rest(vae: Any, seen: Seen, scaling_factor: float) -> Array | None:
     return beside(seen.hole, sample_latents(moments, seen.noise) * scaling_factor)
 
 
-def _bound(structure: Side, weights: Side, dtype: Any) -> Side:
-    """Networks that answer, computing in `dtype`."""
+def _asked(
+    structure: Side,
+    weights: Side,
+    prompts: Sequence[Prompts],
+    dtype: Any,
+    text_layer: dict[str, Any],
+) -> tuple[Any, TextStates, Array]:
+    """The UNet that answers prompts, and what it is told of them, one after the other."""
     pairs = zip(structure.text_encoders, weights.text_encoders, strict=True)
-    encoders = tuple(bind(graphdef, cast(own, dtype)) for graphdef, own in pairs)
-    return Side(bind(structure.unet, cast(weights.unet, dtype)), encoders)
+    encoders = [bind(graphdef, cast(own, dtype)) for graphdef, own in pairs]
+    told = [_conditions(encoders, one, text_layer) for one in prompts]
+    states, pooled = (jnp.concatenate(parts) for parts in zip(*told, strict=True))
+    return bind(structure.unet, cast(weights.unet, dtype)), states, pooled
 
 
 def _conditions(
-    text_encoders: Sequence[Any], prompts: Prompts, clip_skip: int, final_norm: bool
+    text_encoders: Sequence[Any], prompts: Prompts, text_layer: dict[str, Any]
 ) -> tuple[TextStates, Array]:
-    states, pooled = encode_text(
-        text_encoders, prompts.input_ids, clip_skip=clip_skip, final_norm=final_norm
-    )
+    states, pooled = encode_text(text_encoders, prompts.input_ids, **text_layer)
     return (states if prompts.weights is None else weigh(states, prompts.weights)), pooled
