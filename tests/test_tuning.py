@@ -306,7 +306,8 @@ def test_every_trained_weight_has_two_moments_and_no_other_array_is_kept(rng):
     transforms = {group: optimizers.adamw(lambda step: 1e-3) for group in RATES}
     state = optimizers.grouped(LABELS, transforms, 1.0).init(weights)
     moments = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
-    assert moments == 2 * sum(leaf.size for leaf in jax.tree.leaves(weights))
+    filling = moments - 2 * sum(leaf.size for leaf in jax.tree.leaves(weights))
+    assert 0 <= filling < 2 * optimizers.WHOLE * len(RATES)  # of packed vectors
 
 
 def test_muon_of_many_matrices_is_pytorchs_of_each(rng, monkeypatch):
