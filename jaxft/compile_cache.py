@@ -35,12 +35,13 @@ def found() -> Iterator[list[str]]:
 def enable(folder: str | None) -> None:
     """Keeps compiled programs in `folder` (None: nowhere), unless JAX's own variable says where.
 
-    Not on a CPU, where each kernel is a file of its own: XLA loads thousands of them by a recursion
-    as deep, which overflows the stack of its thread.
+    Not on a CPU, whatever that variable says: each kernel is a file of its own there, and XLA loads
+    them by a recursion that, from a thousand on, overflows the stack of its thread and ends the
+    process. With all kernels in few files, as XLA's former emitters write them, it does not.
     """
     few_files = "cpu_use_fusion_emitters=false" in os.environ.get("XLA_FLAGS", "")
     if jax.default_backend() == "cpu" and not few_files:
-        return
-    if folder and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_enable_compilation_cache", False)
+    elif folder and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", SHORTEST)

@@ -17,7 +17,18 @@ from typing import Any, cast
 
 import jax
 
-from jaxft import assembly, caches, cli, compile_cache, forecast, hosts, memory, params, profiling
+from jaxft import (
+    assembly,
+    caches,
+    cli,
+    collector,
+    compile_cache,
+    forecast,
+    hosts,
+    memory,
+    params,
+    profiling,
+)
 from jaxft import config as configs
 from jaxft import mesh as meshes
 from jaxft import plan as plans
@@ -264,6 +275,7 @@ def _loop(
         closing(_feed(plan, start)) as feed,
         closing(Trace(plan.config.train.profile, folder, log.message)) as trace,
         hosts.guarded(log.message if hosts.is_first() else None),
+        collector.spared(),
     ):
         for step in range(start + 1, plan.total_steps + 1):
             trace.before(step, state)

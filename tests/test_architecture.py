@@ -11,8 +11,9 @@ from tests.conftest import ROOT
 LAYERS = (
     {"errors", "shapes"},
     {"builtin", "hosts", "memory", "tensor_file"},
-    {"arithmetic", "charts", "checkpoint", "cli", "compile_cache", "costs", "gallery", "lock"}
-    | {"log", "mesh", "params", "patterns", "schema", "signals", "data", "models"},
+    {"arithmetic", "charts", "checkpoint", "cli", "collector", "compile_cache", "costs"}
+    | {"gallery", "lock", "log", "mesh", "params", "patterns", "schema", "signals"}
+    | {"data", "models"},
     {"lycoris", "report", "spellings"},
     {"low_rank"},
     {"diffusion", "foreign", "formats", "tuning"},
