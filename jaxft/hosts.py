@@ -27,6 +27,15 @@ from jaxft.errors import UserError
 COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 """Variables of launchers: how many processes they have started."""
 
+JOBS = {
+    "SLURM_PROCID": ("SLURM_JOB_ID", 1),
+    "OMPI_COMM_WORLD_RANK": ("OMPI_MCA_orte_hnp_uri", 2**12),
+}
+"""Variables of launchers: which process this is -> of what JAX makes the port, and its unit."""
+
+PORT = "JAX_COORDINATOR_PORT"
+"""The variable by which JAX is told of another port."""
+
 ON_TPU = "TPU_ML_PLATFORM"
 """A variable that JAX sets on a TPU's host, which may be one of several."""
 
@@ -90,6 +99,8 @@ def _initialize(address: str | None, count: int | None, own: int | None) -> bool
     is_given = given != (None, None, None)
     if not is_given and not _launched():
         return False
+    if not is_given and (port := _port_of_launcher()) is not None:
+        _check_free(port, f"distributed: {PORT} must name another: port {port}")
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is `signals`' matter
     try:
         jax.distributed.initialize(*given, heartbeat_timeout_seconds=LOST_AFTER)
@@ -100,8 +111,8 @@ def _initialize(address: str | None, count: int | None, own: int | None) -> bool
     except RuntimeError as error:
         raise UserError(
             f"distributed: the processes did not find each other: {error}\nThe first needs a port "
-            "that is free (coordinator_address; JAX_COORDINATOR_PORT where a launcher chooses) and "
-            "that the others reach, and all must be started"
+            f"that is free (coordinator_address; {PORT} where a launcher chooses) and that the "
+            "others reach, and all must be started"
         ) from None
     return True
 
@@ -159,15 +170,30 @@ def _check(address: str | None, count: int | None, own: int | None) -> None:
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(f"distributed.coordinator_address: {address!r} is not HOST:PORT")
     if own == 0:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", int(port)))
-            except OSError as error:
-                raise UserError(
-                    f"distributed.coordinator_address: port {port} cannot be used on this machine "
-                    f"({error.strerror}); choose another, the same in all processes"
-                ) from None
+        _check_free(int(port), f"distributed.coordinator_address: choose another: port {port}")
+
+
+def _port_of_launcher() -> int | None:
+    """The port at which the first process of a launcher waits for the others, as JAX chooses it;
+    None in the others."""
+    for rank, (job, unit) in JOBS.items():
+        if os.environ.get(rank) == "0" and job in os.environ:
+            number = int(os.environ[job].partition(".")[0]) // unit
+            return int(os.environ.get(PORT, number % 2**12 + 2**16 - 2**12))
+    return None
+
+
+def _check_free(port: int, where: str) -> None:
+    """Raises UserError for a port that is taken, for which JAX would end without a message."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise UserError(
+                f"{where} cannot be used on this machine ({error.strerror}); all processes must be "
+                "told the same"
+            ) from None
 
 
 # -------------------------------------------------------------------------------------- agree

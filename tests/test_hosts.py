@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax._src.clusters import ClusterEnv
 
 from jaxft import hosts, train
 from jaxft import mesh as meshes
@@ -158,8 +159,35 @@ def test_arguments_that_do_not_go_together_are_refused(given, says):
 def test_a_port_in_use_is_named():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        with pytest.raises(UserError, match=f"port {port} cannot be used .*in use.*another"):
+        with pytest.raises(UserError, match=f"choose another: port {port} cannot be used .*in use"):
             join(f"127.0.0.1:{port}", 2, 0)()
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+        | {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost"},
+        {
+            "OMPI_COMM_WORLD_SIZE": "2",
+            "OMPI_COMM_WORLD_RANK": "0",
+            "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+        }
+        | {"OMPI_MCA_orte_hnp_uri": "28672.0;tcp://127.0.0.1:1"},
+    ],
+)
+def test_a_port_in_use_that_a_launcher_implies_is_named(launcher, monkeypatch):
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    cluster = next(own for own in ClusterEnv._cluster_types if own.is_env_present())
+    implied = cluster.get_coordinator_address(1, None).rpartition(":")[2]
+    for port in (int(implied), 0):
+        with socket.create_server(("127.0.0.1", port)) as server:
+            taken = server.getsockname()[1]
+            if not port:
+                monkeypatch.setenv(hosts.PORT, str(taken))
+            with pytest.raises(UserError, match=f"{hosts.PORT} must name another: port {taken} "):
+                join(None, None, None)()
 
 
 def test_one_process_has_no_launcher(monkeypatch):
