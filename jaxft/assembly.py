@@ -94,6 +94,7 @@ def _run(plan: Plan, remat: str, begun: Weights, place: Callable[[Any, Any], Any
         loss_weights=[dataset.loss_weight for dataset in plan.datasets],
         accumulation=plan.accumulation,
         averages=plan.average is not None,
+        offloaded=plan.offloaded,
     )
     if any(dataset.teacher for dataset in datasets):
         frozen |= {f"{TEACHER}{part}": place(weights, dtype) for part, weights in begun.items()}
@@ -149,7 +150,8 @@ def check_room(run: Run) -> None:
     """Raises UserError, before anything is compiled, where what is held leaves no room."""
     state = run.programs.state(initial_shapes(run.plan))
     held = run.programs.held(state, run.frozen)
-    memory.check(held, memory.of_device(), "the weights, gradients and optimizer alone")
+    kept = " and gradients" if "opt_state" in run.plan.offloaded else ", gradients and optimizer"
+    memory.check(held, memory.of_device(), f"the weights{kept} alone")
 
 
 def compile_all(run: Run, state: TrainState) -> int:

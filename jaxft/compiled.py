@@ -62,11 +62,14 @@ class Programs:
         loss_weights: Sequence[float],
         accumulation: int,
         averages: bool = False,
+        offloaded: Sequence[str] = (),
     ):
+        """`offloaded`: fields of the state that lie in the host's memory. They are on the devices
+        only in the program that changes them, which may bring all of a field there at once."""
         self._objective, self._optimizer, self._mesh = objective, optimizer, mesh
         self._labels, self._accumulation = labels, accumulation
         self._factors = [weight / accumulation for weight in loss_weights]
-        self._averages = averages
+        self._averages, self._offloaded = averages, offloaded
         self._lanes = _lanes(mesh, len(loss_weights))
         self._adds_up = accumulation * len(self._lanes[0]) > 1
         self._threads = ThreadPoolExecutor(len(self._lanes))
@@ -82,10 +85,15 @@ class Programs:
     def state(self, trainable: Weights) -> TrainState:
         """Shapes and shardings of the state for these weights (arrays or shapes)."""
         shapes = jax.eval_shape(self._init, trainable)
-        return _placed(shapes, meshes.shardings(self._mesh, shapes))
+        where = meshes.shardings(self._mesh, shapes)
+        moved = {
+            field: meshes.in_host(getattr(shapes, field), getattr(where, field))
+            for field in self._offloaded
+        }
+        return _placed(shapes, where._replace(**moved))
 
     def init(self, trainable: Weights) -> TrainState:
-        """The state before the first step, on the devices."""
+        """The state before the first step, where `state` says."""
         where = jax.tree.map(lambda leaf: leaf.sharding, self.state(trainable))
         return jax.jit(self._init, out_shardings=where)(trainable)
 
@@ -122,8 +130,7 @@ class Programs:
             zeros = functools.partial(jax.tree.map, jnp.zeros_like, grads)
             jobs["zeros"] = (jax.jit(zeros, out_shardings=where.trainable), ())
         if average:
-            move = jax.jit(ema.averaged, donate_argnums=0, out_shardings=where.trainable)
-            jobs["average"] = (move, (average, state.trainable, np.float32(0)))
+            jobs["average"] = (self._average(average), (average, state.trainable, np.float32(0)))
 
         # Traced one after the other, in this thread: in threads the result is not the same every
         # time, which the cache of compiled programs would not survive.
@@ -178,7 +185,8 @@ class Programs:
 
     def memory(self, state: TrainState, frozen: Weights) -> int:
         """Bytes on a device at the most: what is held, and what the program that needs most adds to
-        it, its sums of gradients and temporaries."""
+        it, its sums of gradients and temporaries. What is offloaded is a temporary of the programs
+        that bring it; a CPU's find it where it is."""
         temporary = {
             name: program.memory_analysis().temp_size_in_bytes
             for name, program in self._compiled.items()
@@ -192,9 +200,19 @@ class Programs:
         return temporary * len(self._lanes)
 
     def held(self, state: TrainState, frozen: Weights) -> int:
-        """Bytes on a device of arrays, or shapes: the state, frozen weights and gradients."""
+        """Bytes on a device of arrays, or shapes: the state, as far as it is not offloaded, frozen
+        weights and gradients."""
         sums = [jax.tree.map(_as_float32, state.trainable)] * len(self._lanes)
         return meshes.bytes_on_a_device((state, frozen, sums))
+
+    def in_host(self, state: TrainState) -> int:
+        """Bytes that a device has in the host's memory."""
+        return meshes.bytes_in_host(state)
+
+    def brought(self, state: TrainState) -> int:
+        """Bytes that the programs of what is offloaded bring to a device, each at its own time,
+        when a gradient's temporaries are gone."""
+        return max(map(meshes.bytes_in_host, (state.opt_state, state.average)))
 
     def _numbers(self, dataset: int, part: int) -> tuple[Any, Any, Any]:
         """What tells apart the data sets whose batches go through one program."""
@@ -217,6 +235,7 @@ class Programs:
         how, count = self._objective.loss.importance, len(self._objective.schedule.alphas_cumprod)
 
         def run(state, totals, judged):
+            state = state._replace(opt_state=meshes.on_device(state.opt_state))
             grads = functools.reduce(functools.partial(jax.tree.map, jnp.add), totals)
             new, norm, updates = steps.update(self._optimizer, state, grads)
             joined = [jax.tree.map(lambda *each: jnp.hstack(each), *parts) for parts in judged]
@@ -237,6 +256,14 @@ class Programs:
 
         where_all = (where, meshes.replicated(self._mesh))
         return jax.jit(run, donate_argnums=0, out_shardings=where_all)
+
+    def _average(self, average: Weights) -> Callable:
+        where = jax.tree.map(lambda leaf: leaf.sharding, average)
+
+        def run(average, trainable, share):
+            return ema.averaged(meshes.on_device(average), trainable, share)
+
+        return jax.jit(run, donate_argnums=0, out_shardings=where)
 
     def _where_judged(self) -> Judged:
         """What is said of images stays where they are."""

@@ -40,13 +40,17 @@ class Forecast(NamedTuple):
     flops: float
     memory: float
     """Bytes at the most, with all that is held throughout."""
+    in_host: int
+    """Bytes of the device in the host's memory."""
 
 
 def of_plan(plan: Plan, remat: str) -> list[Forecast]:
     """A forecast for each bucket of each data set.
 
     Of each data set, one batch of the largest bucket is counted operation by operation; what the
-    others take is in proportion to their areas.
+    others take is in proportion to their areas. What is offloaded is on a device beside what is
+    held while it changes, and a gradient's temporaries at another time: the larger of the two
+    counts.
 
     Args:
         plan: what is to be trained.
@@ -54,7 +58,8 @@ def of_plan(plan: Plan, remat: str) -> list[Forecast]:
     """
     run, found = assembly.outline(plan, remat), []
     begun = assembly.initial_shapes(plan)
-    held = run.programs.held(run.programs.state(begun), run.frozen)
+    state = run.programs.state(begun)
+    held, brought = run.programs.held(state, run.frozen), run.programs.brought(state)
     for dataset in run.plan.datasets:
         areas = [shape.size[0] * shape.size[1] for shape in dataset.shapes]
         largest = int(np.argmax(areas))
@@ -67,7 +72,8 @@ def of_plan(plan: Plan, remat: str) -> list[Forecast]:
                 shape.size,
                 shape.num_batches,
                 flops * area / areas[largest],
-                held + temporary * area / areas[largest],
+                held + max(temporary * area / areas[largest], brought),
+                run.programs.in_host(state),
             )
             for shape, area in zip(dataset.shapes, areas, strict=True)
         ]
@@ -147,11 +153,11 @@ def told(plan: Plan) -> str:
         f"{one.flops / reached:.2g} s and {memory.gib(one.memory)} GiB a batch"
         for one in found
     ]
-    most = round(max(one.memory for one in found))
+    most, in_host = round(max(one.memory for one in found)), found[0].in_host
     lines += [
         f"about {_length(seconds)} for {plan.total_steps} steps at {SHARE:.0%} of the "
         f"{fastest / 1e9:,.0f} GFLOP/s of large products here",
-        f"about {memory.describe(most, memory.of_device())}, recomputing {remat}",
+        f"about {memory.describe(most, memory.of_device(), in_host)}, recomputing {remat}",
     ]
     return "\n".join(f"{'forecast' if i == 0 else '':10}{line}" for i, line in enumerate(lines))
 

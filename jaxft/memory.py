@@ -10,6 +10,7 @@ REMEDIES = (
     "more devices that share the weights (mesh.fsdp)",
     "fewer layers or LoRAs",
     "an optimizer that keeps less",
+    "train.offload: [optimizer]",
 )
 
 
@@ -19,10 +20,11 @@ def of_device() -> int | None:
     return stats.get("bytes_limit")
 
 
-def describe(needed: int, limit: int | None) -> str:
-    """Both in words."""
+def describe(needed: int, limit: int | None, in_host: int = 0) -> str:
+    """Both in words, and what each device has in the host's memory."""
     beside = "" if limit is None else f" of {gib(limit)}"
-    return f"{gib(needed)}{beside} GiB on each device"
+    more = f", {gib(in_host)} GiB more for each in the host's memory" if in_host else ""
+    return f"{gib(needed)}{beside} GiB on each device{more}"
 
 
 def gib(size: float) -> str:

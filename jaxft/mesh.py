@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxft.errors import UserError
+
+HOST = "pinned_host"
+"""What JAX calls the host's memory that a device reads and writes."""
 
 SMALLEST_SHARDED = 2**12
 """Arrays of fewer scalars are whole on every device: splitting them saves nothing."""
@@ -80,12 +84,55 @@ def gathered(mesh: Mesh, weights: Any) -> Any:
     return jax.tree.map(gather, weights)
 
 
+def in_host(tree: Any, where: Any) -> Any:
+    """The shardings `where` of a tree, in the host's memory: there is each device's part.
+
+    Arrays of a few scalars, as counts, stay on the devices: moving them saves nothing.
+    """
+
+    def move(leaf: Any, sharding: NamedSharding) -> NamedSharding:
+        small = np.prod(leaf.shape) < SMALLEST_SHARDED
+        return sharding if small else sharding.with_memory_kind(HOST)
+
+    return jax.tree.map(move, tree, where)
+
+
+def on_device(tree: Any) -> Any:
+    """Arrays to compute with, inside a program or outside: those in the host's memory are moved."""
+
+    def bring(leaf: Any) -> Any:
+        is_there = jax.typeof(leaf).memory_space == jax.memory.Space.Host
+        return jax.device_put(leaf, jax.memory.Space.Device) if is_there else leaf
+
+    return jax.tree.map(bring, tree)
+
+
+def has_host_memory(mesh: Mesh) -> bool:
+    """Whether programs of these devices can use the host's memory; CPUs' do from jax 0.10.2 on."""
+    try:
+        where = replicated(mesh).with_memory_kind(HOST)
+        jax.jit(lambda: jnp.zeros(1), out_shardings=where).lower().compile()
+    except (ValueError, jax.errors.JaxRuntimeError):
+        return False
+    return True
+
+
 def bytes_on_a_device(tree: Any) -> int:
-    """Of arrays, or of shapes with shardings, what one device holds."""
-    return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
+    """Of arrays, or of shapes with shardings, what one device holds in its own memory."""
+    return sum(_bytes(leaf) for leaf in jax.tree.leaves(tree) if not _is_in_host(leaf))
+
+
+def bytes_in_host(tree: Any) -> int:
+    """Of arrays, or of shapes with shardings, what one device has in the host's memory."""
+    return sum(_bytes(leaf) for leaf in jax.tree.leaves(tree) if _is_in_host(leaf))
+
+
+def _bytes(leaf: Any) -> int:
+    return int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+
+
+def _is_in_host(leaf: Any) -> bool:
+    return leaf.sharding.memory_kind == HOST
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -130,7 +177,7 @@ def fetch(tree: Any) -> Any:
     def whole(leaf: jax.Array) -> np.ndarray:
         if leaf.is_fully_replicated:
             return np.asarray(leaf.addressable_data(0))
-        return multihost_utils.process_allgather(leaf, tiled=True)
+        return multihost_utils.process_allgather(on_device(leaf), tiled=True)
 
     return jax.tree.map(whole, tree)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft import assembly, charts, gallery, hosts, params, sampling, words
+from jaxft import mesh as meshes
 from jaxft.assembly import Run
 from jaxft.diffusion import conditioning
 from jaxft.formats import embeddings
@@ -45,7 +46,8 @@ class Painter:
         assert preview is not None, "is asked for where there is something to paint"
         target = self._folder / "preview"
         for which in WHICH[preview.weights]:
-            images = self.paint(result(state) if which == "trained" else state.average)
+            trained = which == "trained"
+            images = self.paint(result(state) if trained else meshes.on_device(state.average))
             if not hosts.is_first():
                 continue
             whole = charts.tile(images)

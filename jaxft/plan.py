@@ -18,6 +18,7 @@ from jaxft import (
     controls,
     datasets,
     loss_options,
+    offloading,
     optimization,
     params,
     previews,
@@ -64,6 +65,8 @@ class Plan(NamedTuple):
     optimizer: optax.GradientTransformation
     average: Average | None
     """How a moving average of what is trained is kept."""
+    offloaded: list[str]
+    """Fields of the state that lie in the host's memory."""
     datasets: list[Dataset]
     held_out: list[Dataset]
     """What is seen in validation alone."""
@@ -119,7 +122,6 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
     datasets.check_latent_caches(config, sets)
     datasets.check_text_caches(config, selected.labels, [*sets, *held_out])
     total_steps = _total_steps(train, sets[0].num_batches)
-    preview = previews.read(config, model, vocabulary)
     steered = optimization.from_config(config, selected, model, total_steps)
     return Plan(
         config,
@@ -132,9 +134,10 @@ def prepare(config: Config, notices: Sequence[str] = ()) -> Plan:
         steered.rates,
         steered.optimizer,
         averaging.from_config(config, total_steps),
+        offloading.from_config(config, mesh),
         sets,
         held_out,
-        preview,
+        previews.read(config, model, vocabulary),
         total_steps,
         [
             *notices,
@@ -265,6 +268,7 @@ def describe(plan: Plan) -> str:
         ("loss", _loss_lines(config.train)),
         ("preview", previews.told(plan.preview)),
         ("average", averaging.told(plan.average)),
+        ("offloaded", offloading.told(train.offload)),
         ("profile", profiling.told(train.profile)),
         ("notice", plan.notices),
     ]

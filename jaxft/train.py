@@ -244,7 +244,8 @@ def _compile(run: Run, state: TrainState, log: RunLog) -> None:
     seconds = time.monotonic() - began
     log.message(f"compiled  {count} programs in {seconds:.1f} s, {len(found)} from the cache")
     needed, limit = run.programs.memory(state, run.frozen), memory.of_device()
-    log.message(f"memory    {memory.describe(needed, limit)}")
+    told = memory.describe(needed, limit, run.programs.in_host(state))
+    log.message(f"memory    {told}")
     memory.check(needed, limit, "steps of this batch_size")
 
 

@@ -53,7 +53,7 @@ class Validation:
         if not plan.held_out:
             return
         chosen = {"trained": steps.result(state)} | (
-            {"average": state.average} if state.average else {}
+            {"average": meshes.on_device(state.average)} if state.average else {}
         )
         losses = {
             dataset.name: {which: self.judge(dataset, own) for which, own in chosen.items()}

@@ -19,7 +19,7 @@ LAYERS = (
     {"diffusion", "foreign", "formats", "tuning"},
     {"origins", "prediction"},
     {"compat", "config", "merging", "selection", "step"},
-    {"averaging", "controls", "loss_options", "profiling", "warm_start", "words"},
+    {"averaging", "controls", "loss_options", "offloading", "profiling", "warm_start", "words"},
     {"pictures"},
     {"sampling"},
     {"datasets", "optimization", "sample"},

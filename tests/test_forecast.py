@@ -60,9 +60,10 @@ def test_live_bytes_end_with_the_last_reader():
     "overrides",
     [
         ('unet=[{lr: 1e-3, layers: [""]}]',),
+        ('unet=[{lr: 1e-3, layers: [""]}]', "train.offload=[optimizer]"),
         ("unet=[]", 'lora_unet=[{lr: 1e-3, layers: ["re:.*attn1$"], rank: 2}]'),
     ],
-    ids=["full", "lora"],
+    ids=["full", "offloaded", "lora"],
 )
 def test_memory_is_within_a_tenth_of_the_compiled_steps(recipe, overrides):
     made = prepared(recipe, *overrides)

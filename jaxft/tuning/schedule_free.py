@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from jaxft import mesh as meshes
 from jaxft.tuning.schedules import Rate
 
 
@@ -101,6 +102,6 @@ def result(opt_state: Any, weights: Any) -> Any:
                 y if isinstance(z, optax.MaskedNode) else y + (1 - 1 / beta) * (z - y)
             ),
             weights,
-            state.z,
+            meshes.on_device(state.z),
         )
     return weights
