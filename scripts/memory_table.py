@@ -37,10 +37,14 @@ MODELS: dict[str, tuple[Configs, int]] = {
 }
 """Name -> configurations, pixels of a side."""
 
+OFFLOADED = "offloaded"
+"""Of a kind: the optimizer's state lies in the host's memory."""
+
 KINDS: dict[str, Callable[[float], Any]] = {
     "LoRA": optimizers.adamw,
     "full": optimizers.adamw,
     "full, AdamW8bit": eight_bit.adamw_8bit,
+    f"full, {OFFLOADED}": optimizers.adamw,
 }
 """What is trained -> its optimizer. LoRAs are those of rank `RANK` in the transformers."""
 
@@ -107,10 +111,17 @@ class Training:
         labels = {part: dict.fromkeys(names, "all") for part, names in self.trainable.items()}
         optimizer = optimizers.grouped(labels, {"all": KINDS[kind](RATE)}, 1.0)
         self.programs = Programs(
-            self.objective, optimizer, labels, mesh, loss_weights=[1.0], accumulation=1
+            self.objective,
+            optimizer,
+            labels,
+            mesh,
+            loss_weights=[1.0],
+            accumulation=1,
+            offloaded=["opt_state"] if kind.endswith(OFFLOADED) else [],
         )
         self.state = self.programs.state(self.trainable)
         self.held = self.programs.held(self.state, self.frozen)
+        self.brought = self.programs.brought(self.state)
         self.key = jax.eval_shape(lambda: jax.random.key(0))
 
     def batch(self, images: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -151,16 +162,18 @@ def fits(room: float) -> None:
     print(_row("model", "trained", "precision", "recomputed", "GiB at 1", *SIZES))
     print(_row(*["---"] * 5, *["--:"] * len(SIZES)))
     for model, kind, precision in itertools.product(MODELS, KINDS, PRECISIONS):
-        held = Training(model, kind, precision).held
+        training = Training(model, kind, precision)
+        held, least = training.held, training.held + training.brought
         for remat in PRECISIONS[precision][1]:
             needed = [
                 held + peak for peak in peaks(model, kind.partition(",")[0], precision, remat)
             ]
             given = [room * 2**30 * size for size in SIZES]
-            most = np.interp(given, needed, BATCHES, left=0)
+            most = np.where(np.less(given, least), 0, np.interp(given, needed, BATCHES, left=0))
             told = [math.floor(count) or "–" for count in most]
             told = [f"{count}+" if count == BATCHES[-1] else count for count in told]
-            cells = (model, kind, precision, remat, f"{needed[0] / 2**30:.1f}", *told)
+            at_one = max(needed[0], least) / 2**30
+            cells = (model, kind, precision, remat, f"{at_one:.1f}", *told)
             print(_row(*cells), flush=True)
 
 
