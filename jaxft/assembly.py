@@ -149,9 +149,8 @@ def initial_shapes(plan: Plan) -> dict[str, Any]:
 def check_room(run: Run) -> None:
     """Raises UserError, before anything is compiled, where what is held leaves no room."""
     state = run.programs.state(initial_shapes(run.plan))
-    held = run.programs.held(state, run.frozen)
-    kept = " and gradients" if "opt_state" in run.plan.offloaded else ", gradients and optimizer"
-    memory.check(held, memory.of_device(), f"the weights{kept} alone")
+    least = run.programs.held(state, run.frozen) + run.programs.brought(state)
+    memory.check(least, memory.of_device(), "the weights, gradients and optimizer alone")
 
 
 def compile_all(run: Run, state: TrainState) -> int:
