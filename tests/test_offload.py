@@ -1,5 +1,6 @@
 """State in the host's memory: not a bit of a run changes, wherever it goes on."""
 
+import functools
 import re
 import shutil
 from pathlib import Path
@@ -85,6 +86,13 @@ OPTIMIZERS = {
 }
 
 
+@functools.cache
+def trained(
+    optimizer: str, sizes: tuple[int, int], accumulation: int, offloaded: tuple[str, ...]
+) -> Trained:
+    return Trained(layout(*sizes), OPTIMIZERS[optimizer](), accumulation, offloaded)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "sizes", "accumulation"),
     [
@@ -95,26 +103,23 @@ OPTIMIZERS = {
     ],
 )
 def test_no_bit_changes_and_the_state_lies_where_it_should(optimizer, sizes, accumulation):
-    own = (layout(*sizes), OPTIMIZERS[optimizer](), accumulation)
-    plain, moved = Trained(*own, ()), Trained(*own, BOTH)
+    plain, moved = (trained(optimizer, sizes, accumulation, which) for which in ((), BOTH))
     assert_same_bits(moved.metrics, plain.metrics)
     assert_same_bits(moved.state, plain.state)
     assert_same_bits(step.result(moved.state), step.result(plain.state))
-    for trained in (moved.state, moved.abstract, moved.begun):
+    for tree in (moved.state, moved.abstract, moved.begun):
         for field in BOTH:
-            assert kinds(getattr(trained, field), large=True) == {meshes.HOST}
-        assert kinds(trained, large=False) == kinds(trained.trainable, large=True) == {"device"}
+            assert kinds(getattr(tree, field), large=True) == {meshes.HOST}
+        assert kinds(tree, large=False) == kinds(tree.trainable, large=True) == {"device"}
     assert kinds(plain.state, large=True) == {"device"}
     given_up = [leaf for field in BOTH for leaf in jax.tree.leaves(getattr(moved.begun, field))]
     assert all(leaf.is_deleted() for leaf in given_up)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1), (2, 2)])
-def test_what_a_device_holds_falls_by_what_is_offloaded(sizes):
-    mesh = layout(*sizes)
-    moved = Trained(mesh, OPTIMIZERS["adamw"](), 1, BOTH)
-    plain = Trained(mesh, OPTIMIZERS["adamw"](), 1, ())
-    (device, *_) = mesh.local_devices
+@pytest.mark.parametrize(("sizes", "accumulation"), [((1, 1), 1), ((2, 2), 2)])
+def test_what_a_device_holds_falls_by_what_is_offloaded(sizes, accumulation):
+    plain, moved = (trained("adamw", sizes, accumulation, which) for which in ((), BOTH))
+    (device, *_) = layout(*sizes).local_devices
     there = sum(
         shard.data.nbytes
         for leaf in jax.tree.leaves(moved.state)
