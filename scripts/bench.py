@@ -178,11 +178,17 @@ def loras(weights: dict, rank: int) -> adapters.Adapters:
 class Theirs:
     """diffusers' text-to-image training loop with cached latents, in one of the forms `PEERS`.
 
-    Its operations are as many as jaxft's, `flops`.
+    Its operations are as many as jaxft's, `flops` (None: not counted).
     """
 
     def __init__(
-        self, form: str, unet: dict, text: dict, weights: step.Weights, dtype: Any, flops: int
+        self,
+        form: str,
+        unet: dict,
+        text: dict,
+        weights: step.Weights,
+        dtype: Any,
+        flops: float | None,
     ):
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         config = {k: v for k, v in text.items() if k not in NO_OPTIONS}
@@ -290,11 +296,13 @@ def train(args: argparse.Namespace) -> None:
         systems["lora"] = make(rank=args.rank)
     elif args.mode == "average":
         systems["average"] = make(every=args.every)
-    ours = systems["jaxft"] = make()
+    if args.alone in (None, "jaxft"):
+        systems["jaxft"] = make()
     if args.mode == "full":
         dtype = torch.bfloat16 if lower else torch.float32
-        for form in args.peers:
-            systems[f"diffusers {form}"] = Theirs(form, unet, text, weights, dtype, ours.flops)
+        flops = systems["jaxft"].flops if "jaxft" in systems else None
+        for form in args.peers if args.alone is None else {args.alone} & {*PEERS}:
+            systems[f"diffusers {form}"] = Theirs(form, unet, text, weights, dtype, flops)
 
     times: dict[str, list[float]] = {name: [] for name in systems}
     losses: dict[str, list[float]] = {name: [] for name in systems}
@@ -318,7 +326,7 @@ def report(args: argparse.Namespace, times: dict, losses: dict, systems: dict[st
             "ms": 1e3 * median,
             "best_ms": 1e3 * timed[name].min(),
             "images_per_s": args.batch / median,
-            "mfu": system.flops / median / rate,
+            "mfu": system.flops and system.flops / median / rate,
         }
         if isinstance(system, Ours):
             rows[name]["input_share"] = np.median(system.input_s[args.warmup :]) / median
@@ -332,17 +340,20 @@ def report(args: argparse.Namespace, times: dict, losses: dict, systems: dict[st
         for of, how in (("", np.median), ("_of_best", np.min), ("_of_means", np.mean))
     }
     apart = [np.abs(np.array(losses[first]) / np.array(losses[o]) - 1).max() for o in others]
-    same = {} if args.mode == "lora" else {"largest_loss_difference": float(f"{max(apart):.2g}")}
+    alike = apart and args.mode != "lora"
+    same = {"largest_loss_difference": float(f"{max(apart):.2g}")} if alike else {}
     result = {
         **vars(args),
         **ratios,
         **same,
-        "tflop": round(systems[first].flops / 1e12, 4),
+        "tflop": systems[first].flops and round(systems[first].flops / 1e12, 4),
         "tflop_per_s_of_products": round(rate / 1e12, 4),
         "systems": {
             name: {key: None if cell is None else float(f"{cell:.4g}") for key, cell in row.items()}
             for name, row in rows.items()
         },
+        "losses": losses,
+        "ms_of_steps": {name: [round(1e3 * t, 1) for t in own] for name, own in timed.items()},
         **machine(),
     }
     print(json.dumps(result))
@@ -363,6 +374,7 @@ def main() -> None:
     modes = ("full", "lora", "average", "dispatch")
     parser.add_argument("--mode", choices=modes, default="full")
     parser.add_argument("--peers", choices=PEERS, nargs="+", default=["eager"], help="of full")
+    parser.add_argument("--alone", choices=("jaxft", *PEERS), help="see bench_apart.py")
     parser.add_argument("--rank", type=int, default=8, help="of LoRAs")
     parser.add_argument("--every", type=int, default=10, help="steps to one of the average")
     parser.add_argument("--accumulation", type=int, default=1, help="batches a step, of dispatch")

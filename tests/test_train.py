@@ -1,6 +1,5 @@
 """The training program: stopped and resumed, it ends as if never stopped; what it leaves."""
 
-import functools
 import json
 import os
 import shutil
@@ -26,7 +25,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from tensorboardX.proto import event_pb2
 
 from jaxft import config as configs
-from jaxft import params, patterns, plan, tensor_file, train
+from jaxft import compiled, params, patterns, plan, tensor_file, train
 from jaxft.compiled import Programs
 from jaxft.formats import hcp
 from tests.conftest import ROOT, xla_flags
@@ -339,8 +338,7 @@ def test_second_start_compiles_in_a_third_of_the_time(recipe, tmp_path, monkeypa
         times.append(time.process_time() - start)
 
     usual = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
-    compiled = functools.partialmethod(jax.stages.Lowered.compile, usual)
-    monkeypatch.setattr(jax.stages.Lowered, "compile", compiled)
+    monkeypatch.setattr(compiled, "options", lambda _: usual)
     monkeypatch.setattr(Programs, "compile", timed)
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     options = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
