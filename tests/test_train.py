@@ -24,8 +24,8 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from jax.experimental.compilation_cache import compilation_cache
 from tensorboardX.proto import event_pb2
 
-from jaxft import config as configs
 from jaxft import compiled, params, patterns, plan, tensor_file, train
+from jaxft import config as configs
 from jaxft.compiled import Programs
 from jaxft.formats import hcp
 from tests.conftest import ROOT, xla_flags
