@@ -1,7 +1,7 @@
 """Counts how many of a demo model's pictures show what they should: the figures of its card.
 
     python scripts/evaluate_demo.py builtin:demo
-    python scripts/evaluate_demo.py builtin:demo --unet demo/run/ckpts/unet-390.safetensors
+    python scripts/evaluate_demo.py builtin:demo --unet demo/run/ckpts/unet-450.safetensors
 
 Prompts are captions of combinations that training never showed; `judge` looks at the pictures.
 Writes figures.json and a sheet of pictures for each kind of prompt, wrong ones framed in red.
