@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from jaxft import assembly, caches, config, costs, forecast, params, plan
 from jaxft.models import encoder
 from jaxft.models.unet import UNet2DConditionModel
+from tests.test_offload import pytestmark as needs_host_memory
 from tests.test_train import recipe
 
 __all__ = ["recipe"]
@@ -60,7 +61,10 @@ def test_live_bytes_end_with_the_last_reader():
     "overrides",
     [
         ('unet=[{lr: 1e-3, layers: [""]}]',),
-        ('unet=[{lr: 1e-3, layers: [""]}]', "train.offload=[optimizer]"),
+        pytest.param(
+            ('unet=[{lr: 1e-3, layers: [""]}]', "train.offload=[optimizer]"),
+            marks=needs_host_memory,
+        ),
         ("unet=[]", 'lora_unet=[{lr: 1e-3, layers: ["re:.*attn1$"], rank: 2}]'),
     ],
     ids=["full", "offloaded", "lora"],

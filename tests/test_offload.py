@@ -27,7 +27,7 @@ OFFLOAD = "train.offload=[optimizer,average]"
 EMA = "model.ema={_target_: ModelEMA, power: 0.5}"
 
 pytestmark = pytest.mark.skipif(
-    not meshes.has_host_memory(meshes.make()), reason="this JAX's CPU has no host's memory"
+    jax.__version_info__ < (0, 10, 2), reason="before, a CPU's programs cannot write to it"
 )
 
 
