@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxft.models.layers import Conv2d, GroupNorm, Linear
+from jaxft.models.layers import Conv2d, Linear
+from jaxft.models.norms import GroupNorm
 
 
 class ResnetBlock2D(nnx.Module):
@@ -25,10 +26,10 @@ class ResnetBlock2D(nnx.Module):
     def __call__(
         self, x: Float[Array, "b h w i"], time: Float[Array, "b t"] | None = None
     ) -> Float[Array, "b h w o"]:
-        y = self.conv1(jax.nn.silu(self.norm1(x)))
+        y = self.conv1(self.norm1(x, silu=True))
         if self.time_emb_proj is not None and time is not None:
             y = y + self.time_emb_proj(jax.nn.silu(time))[:, None, None, :]
-        y = self.conv2(jax.nn.silu(self.norm2(y)))
+        y = self.conv2(self.norm2(y, silu=True))
         return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 

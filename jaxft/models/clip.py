@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 from jaxft.errors import UserError
 from jaxft.models import options
 from jaxft.models.attention import attend
-from jaxft.models.layers import Embedding, LayerNorm, Linear
+from jaxft.models.layers import Embedding, Linear
+from jaxft.models.norms import LayerNorm
 from jaxft.shapes import TextStates, TokenIds
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

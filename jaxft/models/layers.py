@@ -1,7 +1,7 @@
 """Leaf layers with PyTorch's names, layouts and defaults.
 
 Weights are [out, in] and OIHW as in PyTorch, activations [..., features] and NHWC. Compute dtype
-is that of the activations; the statistics of norms are float32. Layers are only ever built under
+is that of the activations. Layers are only ever built under
 `nnx.eval_shape`, so they hold zeros: weights come from files.
 """
 
@@ -98,40 +98,6 @@ class Conv2d(nnx.Module):
         taps = [under(i, j) for i, j in np.ndindex(*weight.shape[2:])]
         kernel = weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0])
         return jnp.concatenate(taps, axis=-1) @ kernel
-
-
-class GroupNorm(nnx.Module):
-    """`torch.nn.GroupNorm` over the last axis; statistics in float32."""
-
-    def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5):
-        self.weight = nnx.Param(jnp.zeros(num_channels))
-        self.bias = nnx.Param(jnp.zeros(num_channels))
-        self.num_groups = num_groups
-        self.eps = eps
-
-    def __call__(self, x: Float[Array, "b ... c"]) -> Float[Array, "b ... c"]:
-        b, c = x.shape[0], x.shape[-1]
-        g = x.astype(jnp.float32).reshape(b, -1, self.num_groups, c // self.num_groups)
-        mean = g.mean(axis=(1, 3), keepdims=True)
-        variance = jnp.square(g - mean).mean(axis=(1, 3), keepdims=True)
-        y = ((g - mean) * jax.lax.rsqrt(variance + self.eps)).reshape(x.shape)
-        return (y * self.weight[...] + self.bias[...]).astype(x.dtype)
-
-
-class LayerNorm(nnx.Module):
-    """`torch.nn.LayerNorm` over the last axis; statistics in float32."""
-
-    def __init__(self, num_features: int, eps: float = 1e-5):
-        self.weight = nnx.Param(jnp.zeros(num_features))
-        self.bias = nnx.Param(jnp.zeros(num_features))
-        self.eps = eps
-
-    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        f = x.astype(jnp.float32)
-        mean = f.mean(axis=-1, keepdims=True)
-        variance = jnp.square(f - mean).mean(axis=-1, keepdims=True)
-        y = (f - mean) * jax.lax.rsqrt(variance + self.eps)
-        return (y * self.weight[...] + self.bias[...]).astype(x.dtype)
 
 
 class Embedding(nnx.Module):

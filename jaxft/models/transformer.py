@@ -6,7 +6,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxft.models.attention import Attention
-from jaxft.models.layers import Conv2d, GroupNorm, Identity, LayerNorm, Linear
+from jaxft.models.layers import Conv2d, Identity, Linear
+from jaxft.models.norms import GroupNorm, LayerNorm
 from jaxft.shapes import Features, TextStates
 
 

@@ -8,7 +8,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -16,7 +15,8 @@ from jaxtyping import Array, Float
 from jaxft.models import encoder, options
 from jaxft.models.blocks import Upsample2D
 from jaxft.models.encoder import Added, Encoder, Level
-from jaxft.models.layers import Conv2d, GroupNorm
+from jaxft.models.layers import Conv2d
+from jaxft.models.norms import GroupNorm
 from jaxft.shapes import Features, Latents, TextStates, Timesteps
 
 FREE: dict[str, Any] = encoder.FREE | {
@@ -104,7 +104,7 @@ class UNet2DConditionModel(Encoder):
             size = skips[-1].shape[1:3] if skips else x.shape[1:3]
             up = functools.partial(self._up, level, size=size, time=time, text=text)
             x = self._call("level", up, x, taken)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x, silu=True))
 
     def _up(
         self, level: Level, x: Features, skips: list, size: tuple, time: Array, text: TextStates

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
@@ -11,7 +10,8 @@ from jaxtyping import Array, Float, UInt8
 from jaxft.models import options
 from jaxft.models.attention import attend
 from jaxft.models.blocks import Downsample2D, ResnetBlock2D, Upsample2D
-from jaxft.models.layers import Conv2d, GroupNorm, Identity, Linear
+from jaxft.models.layers import Conv2d, Identity, Linear
+from jaxft.models.norms import GroupNorm
 from jaxft.shapes import Features, Images, Latents, Moments, Pixels
 
 EPS = 1e-6
@@ -108,7 +108,7 @@ class Encoder(nnx.Module):
         x = self.conv_in(x)
         for level in self.down_blocks:
             x = level(x)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(self.conv_norm_out(self.mid_block(x), silu=True))
 
 
 class Decoder(nnx.Module):
@@ -126,7 +126,7 @@ class Decoder(nnx.Module):
         x = self.mid_block(self.conv_in(x))
         for level in self.up_blocks:
             x = level(x)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x, silu=True))
 
 
 def _resnet(in_channels: int, out_channels: int, groups: int) -> ResnetBlock2D:
