@@ -29,7 +29,7 @@ from jaxft.diffusion import noise as noises
 from jaxft.models import vae
 from jaxft.prediction import TEACHER, Objective, Weights, predict, weights_of
 from jaxft.shapes import Features, Latents, Params, Pixels, Timesteps
-from jaxft.tuning import rounding, schedule_free
+from jaxft.tuning import groups, rounding, schedule_free
 
 
 class TrainState(NamedTuple):
@@ -281,7 +281,7 @@ def update(
 
     A gradient that is not finite leaves weights and optimizer as they were, bit for bit.
     """
-    norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+    norm = groups.norm(jax.tree.leaves(grads))
     finite = jnp.isfinite(norm)
     whole = _whole(state.trainable)
     updates: Any

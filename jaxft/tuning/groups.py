@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxft import patterns
+from jaxft import mesh, patterns
 from jaxft.errors import UserError
 
 
@@ -106,9 +106,20 @@ def norms(
     labels: Labels, weights: Mapping[str, Mapping[str, Array]]
 ) -> dict[str, Float[Array, ""]]:
     """Euclidean norm of all numbers of each group, float32."""
-    squares: dict[str, Array] = {}
+    values: dict[str, list[Array]] = {}
     for part, own in weights.items():
         for name, value in own.items():
-            group, square = labels[part][name], jnp.sum(jnp.square(value.astype(jnp.float32)))
-            squares[group] = squares[group] + square if group in squares else square
-    return {group: jnp.sqrt(square) for group, square in squares.items()}
+            values.setdefault(labels[part][name], []).append(value)
+    return {group: norm(own) for group, own in values.items()}
+
+
+def norm(values: Iterable[Array]) -> Float[Array, ""]:
+    """Euclidean norm of all numbers of some arrays, float32.
+
+    Small arrays, which every device has whole, are laid side by side: one sum takes all of them.
+    """
+    kinds = {True: [], False: []}
+    for value in values:
+        kinds[value.size < mesh.SMALLEST_SHARDED].append(value.astype(jnp.float32))
+    small = [jnp.concatenate([value.ravel() for value in kinds[True]])] if kinds[True] else []
+    return jnp.sqrt(sum(jnp.square(value).sum() for value in (*kinds[False], *small)))

@@ -9,6 +9,7 @@ import optax
 import optax.contrib
 
 from jaxft.errors import UserError
+from jaxft.tuning import groups
 from jaxft.tuning.groups import Labels
 from jaxft.tuning.rounding import halved
 from jaxft.tuning.schedules import Rate
@@ -185,4 +186,14 @@ def grouped(
     clipped = {part: part != "words" for part in labels}
     if max_grad_norm is None or not any(clipped.values()):
         return optimizer
-    return optax.chain(optax.masked(optax.clip_by_global_norm(max_grad_norm), clipped), optimizer)
+    return optax.chain(optax.masked(_clipped(max_grad_norm), clipped), optimizer)
+
+
+def _clipped(most: float) -> optax.GradientTransformation:
+    """Gradients that together are longer than `most` are shortened to it."""
+
+    def clip(grads: Any, _: Any = None) -> Any:
+        shrink = jnp.minimum(1, most / groups.norm(jax.tree.leaves(grads)))
+        return jax.tree.map(lambda grad: grad * shrink.astype(grad.dtype), grads)
+
+    return optax.stateless(clip)
