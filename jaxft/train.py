@@ -239,7 +239,7 @@ def _beside(record: Record) -> list[str]:
 
 def _compile(run: Run, state: TrainState, log: RunLog) -> None:
     began = time.monotonic()
-    with compile_cache.found() as found:
+    with compile_cache.found() as found, collector.paused():
         count = assembly.compile_all(run, state)
     seconds = time.monotonic() - began
     log.message(f"compiled  {count} programs in {seconds:.1f} s, {len(found)} from the cache")
