@@ -8,6 +8,8 @@ PYTEST_ARGS ?=
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+# Memory in large pages, see jaxft/huge_pages.py; the command `jaxft` asks for them itself.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: help demo test check format clean
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from jaxft import huge_pages
 from jaxft.errors import UserError
 
 PROGRAMS = {
@@ -18,6 +19,8 @@ PROGRAMS = {
 
 MODULES = {"plan": "planning", "config": "explain", "init": "start"}
 """Program -> its module, where that has another name."""
+
+COMPUTING = ("train", "sample")
 
 
 def program(name: str) -> Callable[[Sequence[str]], int]:
@@ -43,6 +46,8 @@ def run(program: Callable[[Sequence[str]], int], argv: Sequence[str] | None = No
 def main() -> NoReturn:
     """`jaxft PROGRAM …`: the same as `python -m jaxft.PROGRAM …`."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in COMPUTING:
+        huge_pages.ask()
     if name in PROGRAMS:
         run(program(name), sys.argv[2:])
     print("usage: jaxft PROGRAM …\n")

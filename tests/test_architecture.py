@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 
 LAYERS = (
     {"errors", "shapes"},
-    {"builtin", "hosts", "memory", "tensor_file"},
+    {"builtin", "hosts", "huge_pages", "memory", "tensor_file"},
     {"arithmetic", "charts", "checkpoint", "cli", "collector", "compile_cache", "costs"}
     | {"gallery", "lock", "log", "mesh", "params", "patterns", "schema", "signals"}
     | {"data", "models"},
