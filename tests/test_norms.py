@@ -29,8 +29,8 @@ def pulled(layer: Any, weight: Any, bias: Any, x: Any, grad: Any, **options: Any
 def torchs(call: Any, dtype: torch.dtype, x: Any, weight: Any, bias: Any, grad: Any) -> list:
     leaves = [torch.tensor(value, dtype=dtype, requires_grad=True) for value in (x, weight, bias)]
     out = call(*leaves)
-    out.backward(torch.tensor(grad, dtype=dtype))
-    return [value.detach().double().numpy() for value in (out, *(leaf.grad for leaf in leaves))]
+    grads = torch.autograd.grad(out, leaves, torch.tensor(grad, dtype=dtype))
+    return [value.detach().double().numpy() for value in (out, *grads)]
 
 
 def group_norm(groups: int, silu: bool, eps: float) -> Any:
