@@ -1,7 +1,7 @@
 """What a function would cost, from its shapes alone: nothing is compiled or computed."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,22 +29,42 @@ def of(function: Callable[..., Any], *args: Any) -> Costs:
 
 
 def _peak(jaxpr: Any) -> int:
+    same = _same(jaxpr)
     elsewhere = {id(var) for var in (*jaxpr.invars, *jaxpr.constvars, *jaxpr.outvars)}
-    last = {
-        id(var): number for number, equation in enumerate(jaxpr.eqns) for var in equation.invars
-    }
+    equations = [eqn for eqn in jaxpr.eqns if not any(id(var) in same for var in eqn.outvars)]
+    reads = [{same.get(id(var), id(var)): var for var in eqn.invars} for eqn in equations]
+    last = {key: number for number, read in enumerate(reads) for key in read}
     live = peak = 0
-    for number, equation in enumerate(jaxpr.eqns):
-        made = [var for var in equation.outvars if id(var) not in elsewhere]
-        live += sum(map(_bytes, made))
+    for number, (equation, read) in enumerate(zip(equations, reads, strict=True)):
+        made = {id(var): var for var in equation.outvars if id(var) not in elsewhere}
+        live += sum(map(_bytes, made.values()))
         peak = max(peak, live + max(map(_peak, _inner(equation)), default=0))
-        read = {id(var): var for var in (*equation.invars, *equation.outvars)}
         live -= sum(
             _bytes(var)
-            for key, var in read.items()
+            for key, var in (read | made).items()
             if key not in elsewhere and last.get(key, number) == number and not hasattr(var, "val")
         )
     return peak
+
+
+def _same(jaxpr: Any) -> dict[int, int]:
+    """Values that an earlier operation has made of the same: a compiler makes them once."""
+    same: dict[int, int] = {}
+    first: dict[Any, Sequence[Any]] = {}
+    for equation in jaxpr.eqns:
+        read = [
+            (str(var.aval), str(var.val)) if hasattr(var, "val") else same.get(id(var), id(var))
+            for var in equation.invars
+        ]
+        what = (equation.primitive.name, tuple(read), str(sorted(equation.params.items())))
+        if not equation.effects and not any(_inner(equation)):
+            made = first.setdefault(what, equation.outvars)
+            if made is not equation.outvars:
+                same |= {
+                    id(var): same.get(id(old), id(old))
+                    for var, old in zip(equation.outvars, made, strict=True)
+                }
+    return same
 
 
 def _bytes(var: Any) -> int:

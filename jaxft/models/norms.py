@@ -50,46 +50,40 @@ def _group_norm(
 def _group_norm_forward(
     x: Array, weight: Array, bias: Array, groups: int, eps: float, silu: bool
 ) -> tuple[Array, tuple[Array, ...]]:
-    size = _group_size(x, groups)
-    mean = _of_groups(_of_pixels(x.astype(jnp.float32)), groups) / size
-    variance = _of_groups(_of_pixels(jnp.square(_centred(x, mean))), groups) / size
-    saved = x, weight, bias, mean, jax.lax.rsqrt(variance + eps)
-    y = _scaled(*saved)
-    return (jax.nn.silu(y) if silu else y).astype(x.dtype), saved
+    f, size = x.astype(jnp.float32), _group_size(x, groups)
+    mean = _of_groups(_of_pixels(f), groups) / size
+    centred = f - _everywhere(mean, x)
+    inverse = jax.lax.rsqrt(_of_groups(_of_pixels(jnp.square(centred)), groups) / size + eps)
+    y = centred * (_everywhere(inverse, x) * weight) + bias
+    return (jax.nn.silu(y) if silu else y).astype(x.dtype), (x, weight, bias, mean, inverse)
 
 
 def _group_norm_backward(
     groups: int, eps: float, silu: bool, saved: tuple[Array, ...], grad: Array
 ) -> tuple[Array, Array, Array]:
     x, weight, bias, mean, inverse = saved  # of the standard deviation
-    grad = grad.astype(jnp.float32)
+    scale, grad = _everywhere(inverse, x) * weight, grad.astype(jnp.float32)
+    centred = _beside(grad, x) - _everywhere(mean, x)
     if silu:
-        y = _scaled(*saved)
+        y = centred * scale + bias
         sigmoid = jax.nn.sigmoid(y)
         grad = grad * sigmoid * (1 + y * (1 - sigmoid))
-    of_grad, of_product = _of_pixels(grad), _of_pixels(grad * _centred(x, mean))
+    of_grad, of_product = _of_pixels(grad), _of_pixels(grad * centred)
     dweight = (of_product * _of_channels(inverse, x)).sum(axis=0)
 
     # The mean and the variance depend on all values of a group.
-    scale = inverse / _group_size(x, groups)
-    through_mean = _of_groups(of_grad * weight, groups) * scale
-    through_variance = _of_groups(of_product * weight, groups) * inverse**2 * scale
-    dx = (
-        grad * _everywhere(_of_channels(inverse, x) * weight, x)
-        - _centred(x, mean) * _everywhere(_of_channels(through_variance, x), x)
-        - _everywhere(_of_channels(through_mean, x), x)
-    )
+    share = inverse / _group_size(x, groups)
+    through_mean = _of_groups(of_grad * weight, groups) * share
+    slope = _of_groups(of_product * weight, groups) * inverse**2 * share
+    dx = grad * scale - centred * _everywhere(slope, x) - _everywhere(through_mean, x)
     dbias = of_grad.sum(axis=0)
     return dx.astype(x.dtype), dweight.astype(weight.dtype), dbias.astype(bias.dtype)
 
 
-def _scaled(x: Array, weight: Array, bias: Array, mean: Array, inverse: Array) -> Array:
-    """(x - mean) / deviation · weight + bias, in float32."""
-    return _centred(x, mean) * _everywhere(_of_channels(inverse, x) * weight, x) + bias
-
-
-def _centred(x: Array, mean: Array) -> Array:
-    return x.astype(jnp.float32) - _everywhere(_of_channels(mean, x), x)
+def _beside(grad: Float[Array, "b ... c"], x: Float[Array, "b ... c"]) -> Array:
+    """x in float32, not before the gradient is there: what depends on x alone a CPU's compiler
+    would keep from forward, or compute then, and hold all the while. It ignores barriers."""
+    return x.astype(jnp.float32) + 0 * grad
 
 
 def _group_size(x: Array, groups: int) -> int:
@@ -110,8 +104,9 @@ def _of_channels(of_groups: Float[Array, "b g"], x: Float[Array, "b ... c"]) -> 
     return jnp.repeat(of_groups, x.shape[-1] // of_groups.shape[1], axis=1)
 
 
-def _everywhere(of_channels: Float[Array, "b c"], x: Float[Array, "b ... c"]) -> Array:
-    return jnp.expand_dims(of_channels, range(1, x.ndim - 1))
+def _everywhere(of_groups: Float[Array, "b g"], x: Float[Array, "b ... c"]) -> Array:
+    """Each number of x has its group's value; of one size along the pixels."""
+    return jnp.expand_dims(_of_channels(of_groups, x), range(1, x.ndim - 1))
 
 
 _group_norm.defvjp(_group_norm_forward, _group_norm_backward)
@@ -138,7 +133,7 @@ def _layer_norm_backward(
 ) -> tuple[Array, Array, Array]:
     x, weight, bias, mean, inverse = saved
     grad = grad.astype(jnp.float32)
-    normal = (x.astype(jnp.float32) - mean) * inverse
+    normal = (_beside(grad, x) - mean) * inverse
     rows = tuple(range(x.ndim - 1))
     dweight, dbias = (grad * normal).sum(axis=rows), grad.sum(axis=rows)
     grad = grad * weight
